@@ -72,9 +72,13 @@ def load_preset(kind: Kind, name: str) -> Preset:
     names = preset_names(kind)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        raise ConfigError([
-            Problem(kind, f"there is no {kind} {name!r}; there are {', '.join(names)}", nearest=near[0] if near else "")
-        ])
+        raise ConfigError(
+            [
+                Problem(
+                    kind, f"there is no {kind} {name!r}; there are {', '.join(names)}", nearest=near[0] if near else ""
+                )
+            ]
+        )
     table = tomllib.loads((_folder(kind) / f"{name}.toml").read_text(encoding="utf-8"))
     about = table.get("about", {})
     architecture = table.get("architecture")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedtune.config.facts import load_preset, table_value
-from fedtune.config.schema import FedTuneConfig, Section, StrategyConfig
+from fedtune.config.schema import FedTuneConfig, Section, StrategyOptions
 from fedtune.errors import ConfigError, Problem, UsageError
 
 Table = dict[str, Any]
@@ -68,9 +68,9 @@ def load_config(
         preset = load_preset("recipe", chosen["recipe"])
         wanted = chosen.setdefault("challenge", preset.challenge)
         if wanted != preset.challenge:
-            raise ConfigError([
-                Problem("recipe", f"{preset.name} belongs to the challenge {preset.challenge}, not to {wanted}")
-            ])
+            raise ConfigError(
+                [Problem("recipe", f"{preset.name} belongs to the challenge {preset.challenge}, not to {wanted}")]
+            )
         presets.append((f"recipe {preset.name}", {"challenge": wanted, **preset.config}))
     if "challenge" in chosen:
         preset = load_preset("challenge", chosen["challenge"])
@@ -166,7 +166,7 @@ def known_paths() -> list[str]:
 
 def _paths_of(section: type[Section], prefix: str) -> Iterator[str]:
     for name, info in section.model_fields.items():
-        members = _strategies() if name == "strategy" else [info.annotation]
+        members = strategy_options() if name == "strategy" else [info.annotation]
         for member in members:
             if isinstance(member, type) and issubclass(member, Section):
                 yield from _paths_of(member, f"{prefix}{name}.")
@@ -174,8 +174,9 @@ def _paths_of(section: type[Section], prefix: str) -> Iterator[str]:
                 yield prefix + name
 
 
-def _strategies() -> Sequence[type[Section]]:
-    members: Sequence[type[Section]] = get_args(get_args(StrategyConfig)[0])
+def strategy_options() -> Sequence[type[Section]]:
+    """Return the sections that `strategy` may be, one an algorithm."""
+    members: Sequence[type[Section]] = get_args(StrategyOptions)
     return members
 
 
@@ -183,7 +184,7 @@ def problems_of(error: ValidationError, origins: Mapping[str, str]) -> list[Prob
     """Translate pydantic's errors into problems, one a path, with origin and nearest key."""
     paths = known_paths()
     sections = {path.rpartition(".")[0] for path in paths}
-    strategies = {member.model_fields["name"].annotation: member for member in _strategies()}
+    strategies = {member.model_fields["name"].annotation: member for member in strategy_options()}
     tags = {get_args(annotation)[0] for annotation in strategies}
     problems: dict[str, Problem] = {}
     for detail in error.errors():

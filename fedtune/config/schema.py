@@ -194,7 +194,8 @@ class FedProx(Section):
     """Weight mu of the client's term mu/2 · ||w - w_global||²; 0 is FedAvg."""
 
 
-StrategyConfig = Annotated[FedAvg | FedProx, Field(discriminator="name")]
+StrategyOptions = FedAvg | FedProx
+StrategyConfig = Annotated[StrategyOptions, Field(discriminator="name")]
 
 
 class CommunicationConfig(Section):

@@ -1,0 +1,52 @@
+"""The `fedtune` command: words in, words out. Heavy imports wait inside the subcommands, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fedtune.cli import train
+
+app = typer.Typer(
+    name="fedtune",
+    help="Federated LoRA fine-tuning of language models: train it where the data lies, score it, count its bytes, hand it on.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fedtune {version('fedtune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedtune(
+    _: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Federated LoRA fine-tuning of language models."""
+
+
+app.command("train")(train.train)
+
+
+def main() -> None:
+    """Entry point of the `fedtune` command."""
+    app(args=with_optional_values(sys.argv[1:]))
+
+
+def with_optional_values(words: list[str]) -> list[str]:
+    """Let `--resume` stand without a value: it then means the latest run."""
+    filled = []
+    for position, word in enumerate(words):
+        filled.append(word)
+        if word == "--resume" and (position + 1 == len(words) or words[position + 1].startswith("-")):
+            filled.append("latest")
+    return filled

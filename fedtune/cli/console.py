@@ -1,0 +1,100 @@
+"""The two consoles: data goes to stdout, everything else to stderr; and how an error ends a command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+
+from fedtune.errors import FedTuneError
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+INTERRUPTED = 130
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def guarded(command: Command) -> Command:
+    """Turn a subcommand's exceptions into one short paragraph on stderr and the exit code that design asks for."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        # SIGTERM ends a command just as Ctrl-C does: what is committed stays, the rest is dropped.
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            command(*args, **kwargs)
+        except FedTuneError as error:
+            if kwargs.get("debug"):
+                stderr.print_exception()
+            fail(error.message, error.hint, error.exit_code)
+        except KeyboardInterrupt as interrupt:
+            fail("Interrupted.", str(interrupt), INTERRUPTED)
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if kwargs.get("debug"):
+                stderr.print_exception()
+            name = type(error).__name__
+            hint = "" if kwargs.get("debug") else "Run the same command with --debug to see where."
+            fail(f"This is a fault of fedtune's: {name}: {error}", hint, FedTuneError.exit_code)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run  # type: ignore[return-value]
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def fail(message: str, hint: str, exit_code: int) -> NoReturn:
+    """Say what is wrong and what to type next, and end the command."""
+    stderr.print(f"[bold red]error:[/] {_plain(message)}", highlight=False, soft_wrap=True)
+    if hint:
+        stderr.print(f"[bold]→[/] {_plain(hint)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(exit_code)
+
+
+def note(text: str) -> None:
+    """Say something on stderr."""
+    stderr.print(_plain(text), highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Warn of something on stderr."""
+    stderr.print(f"[bold yellow]warning:[/] {_plain(text)}", highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout; records become objects, paths strings."""
+    sys.stdout.write(json.dumps(value, default=_as_json, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_data(text: str) -> None:
+    """Print text on stdout just as it is."""
+    sys.stdout.write(text)
+
+
+def _as_json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    return str(value)
+
+
+def _plain(text: str) -> str:
+    """Keep rich from reading brackets in a text as its markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,137 @@
+"""What `fedtune train` shows while it works: a live view on a terminal, one line a round elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fedtune.cli.console import stderr, warn
+from fedtune.config.schema import FedTuneConfig
+from fedtune.federation.events import (
+    AdapterSaved,
+    DataReady,
+    Event,
+    ReplyArrived,
+    RoundDone,
+    RoundStarted,
+    RunOpened,
+    StepDone,
+)
+from fedtune.units import format_seconds, to_mib
+
+_MOST_ROWS = 24
+"""Rows of the partition table that fit a screen; more are summed up."""
+
+
+class TrainProgress:
+    """Listens to a run and shows it."""
+
+    def __init__(self, config: FedTuneConfig, *, quiet: bool = False) -> None:
+        self.config = config
+        self.quiet = quiet
+        self.live = stderr.is_terminal and not quiet
+        self.bar = Progress(
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=stderr,
+        )
+        self.task = self.bar.add_task("rounds", total=config.federation.rounds, state="loading the base model …")
+        self.run: Path | None = None
+        self.done = 0
+        self.loss = ""
+        self.used = 0.0
+        self.client = ""
+        self.recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self.round_seconds: deque[float] = deque(maxlen=10)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the live view inside the block, where there is a terminal."""
+        if not self.live:
+            yield
+            return
+        with Live(self.bar, console=stderr, refresh_per_second=8, transient=True):
+            yield
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        match event:
+            case RunOpened():
+                self._opened(event)
+            case DataReady():
+                self._data(event)
+            case RoundStarted():
+                self.client = f"{len(event.partitions)} clients"
+            case StepDone():
+                self.recent.append((event.tokens, event.seconds))
+                self.client = f"client {event.partition}, step {event.step}/{event.steps}"
+                self.loss = f"{event.loss:.4f}"
+            case ReplyArrived() if event.status != "ok":
+                who = f"client {event.partition}" if event.partition >= 0 else "an unknown node"
+                warn(f"round {event.round}: the reply of {who} is left out: {event.reason}")
+            case RoundDone():
+                self._round(event)
+            case AdapterSaved():
+                self._say(f"saved {event.path}")
+        if self.live:
+            self.bar.update(self.task, completed=self.done, state=self._state())
+
+    def _state(self) -> str:
+        parts = [self.client]
+        if self.loss:
+            parts.append(f"loss {self.loss}")
+        if seconds := sum(seconds for _, seconds in self.recent):
+            parts.append(f"{sum(tokens for tokens, _ in self.recent) / seconds:,.0f} tokens/s")
+        parts.append(f"{self.used:,.2f} of {self.config.communication.cap_mib:,.0f} MiB")
+        if self.round_seconds:
+            left = self.config.federation.rounds - self.done
+            parts.append(f"{format_seconds(left * sum(self.round_seconds) / len(self.round_seconds))} left")
+        return " · ".join(part for part in parts if part)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            stderr.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _opened(self, event: RunOpened) -> None:
+        self.run = event.path
+        self.done = event.resumed_after
+        self._say(f"run {event.path}" + (f", going on after round {self.done}" if self.done else ""))
+
+    def _data(self, event: DataReady) -> None:
+        if self.quiet:
+            return
+        table = Table("client", "name", "rows", title="Partitions", title_justify="left")
+        skewed = any(row.skew is not None for row in event.table)
+        if skewed:
+            table.add_column("skew")
+            table.add_column("most frequent")
+        for row in event.table[:_MOST_ROWS]:
+            cells = [str(row.partition), row.name, f"{row.rows:,}"]
+            if skewed and row.skew is not None:
+                cells += [f"{row.skew:.2f}", f"{row.top_label} ({row.top_share:.0%})"]
+            table.add_row(*cells)
+        if len(event.table) > _MOST_ROWS:
+            rest = event.table[_MOST_ROWS:]
+            table.add_row("…", f"{len(rest)} more", f"{sum(row.rows for row in rest):,}")
+        stderr.print(table)
+        if event.skipped:
+            warn(f"{event.skipped} of {event.total} rows have nothing to learn from and are left out")
+
+    def _round(self, event: RoundDone) -> None:
+        self.done = event.round
+        self.used = to_mib(event.used_bytes)
+        self.round_seconds.append(event.seconds)
+        if not self.live:
+            rate = event.tokens / event.seconds if event.seconds else 0.0
+            self._say(
+                f"{time.strftime('%H:%M:%S')} round {event.round}/{self.config.federation.rounds}: loss {event.loss:.4f}, "
+                f"{event.accepted} of {event.asked} clients, {rate:,.0f} tokens/s, {self.used:,.2f} MiB"
+            )

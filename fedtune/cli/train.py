@@ -1,0 +1,167 @@
+"""`fedtune train`: run a federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.cli import options
+from fedtune.cli.console import guarded, note, print_data, print_json, stderr
+
+if TYPE_CHECKING:
+    from fedtune.config.load import ResolvedConfig
+    from fedtune.federation.train import TrainResult
+
+
+@guarded
+def train(
+    challenge: options.Challenge = None,
+    recipe: options.Recipe = None,
+    config: options.Config = None,
+    set_: options.Set = None,
+    data: options.Data = None,
+    out: options.Out = Path("runs"),
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="NAME", help="Where the clients run: in-process.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume", metavar="[RUN]", help="Go on with a run: a path, a name, or (without a value) the latest."
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also train each client alone and all data in one place, and compare.")
+    ] = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Fine-tune an adapter on data that stays with its owners.
+
+    Example: fedtune train --challenge tiny
+    """
+    from fedtune.runs.directory import find_run
+
+    run = None if resume is None else find_run(None if resume == "latest" else resume, out)
+    resolved = options.resolve(
+        challenge=challenge,
+        recipe=recipe,
+        config=config,
+        settings=set_,
+        data=data,
+        engine=engine,
+        first_files=[run.config_file] if run else None,
+    )
+    if dry_run:
+        _show_plan(resolved, json)
+        return
+
+    from fedtune.cli.progress import TrainProgress
+    from fedtune.federation.train import train as run_federation
+
+    progress = TrainProgress(resolved.config, quiet=json)
+    try:
+        with progress.shown():
+            result = run_federation(
+                resolved.config,
+                out=out,
+                resume=run,
+                origins=resolved.origins if run is None else None,
+                listener=progress,
+            )
+    except KeyboardInterrupt:
+        where = progress.run or (run.path if run else None)
+        raise KeyboardInterrupt(
+            f"Round {progress.done} is saved. Go on: fedtune train --resume {where}" if where else "Nothing was begun."
+        ) from None
+    comparison = _compare(resolved, result, quiet=json) if baselines else None
+    if json:
+        print_json({"result": result, **({"baselines": comparison} if comparison else {})})
+    else:
+        _show_result(resolved, result)
+
+
+def _show_plan(resolved: ResolvedConfig, as_json: bool) -> None:
+    """Print the resolved config with the origin of every value, and the plan; as TOML that `--config` reads back."""
+    from fedtune.budget.plan import plan
+    from fedtune.config.facts import ineligible_because, published_results
+    from fedtune.config.load import to_toml
+    from fedtune.errors import MissingError
+    from fedtune.units import to_mib
+
+    config = resolved.config
+    reasons, published = ineligible_because(config), published_results(config)
+    try:
+        planned, unknown = plan(config), ""
+    except MissingError as error:
+        planned, unknown = None, str(error)
+    if as_json:
+        print_json(
+            {
+                "config": config.model_dump(mode="json"),
+                "origins": resolved.origins,
+                "plan": planned,
+                "plan_unknown_because": unknown or None,
+                "eligible": None if reasons is None else not reasons,
+                "ineligible_because": reasons or [],
+                "published": published,
+            }
+        )
+        return
+    training, federation = config.training, config.federation
+    lines = [
+        f"{federation.clients_per_round} of {federation.clients} clients a round, {federation.rounds} rounds",
+        f"{training.max_steps} steps of {training.batch_size} x {training.accumulation} rows a client and round, "
+        f"or {training.epochs} epochs, whichever ends first",
+    ]
+    if planned:
+        lines += [
+            f"{planned.parameters:,} parameters in the adapter, {to_mib(planned.message_bytes):,.2f} MiB a message",
+            f"{to_mib(planned.round_bytes):,.2f} MiB a round, {to_mib(planned.total_bytes):,.2f} MiB in total, "
+            f"{to_mib(planned.total_bytes) / config.communication.cap_mib:.2%} of the cap",
+        ]
+    else:
+        lines.append(f"bytes unknown: {unknown}")
+    if published:
+        scores = ", ".join(f"{name} {value}" for name, value in published["scores"].items())
+        lines.append(f"published for {config.recipe}: {scores}; communication {published['budget_mib']} MiB")
+    lines += eligibility_lines(reasons)
+    print_data(to_toml(resolved) + "\n" + "".join(f"# {line}\n" for line in lines))
+
+
+def eligibility_lines(reasons: tuple[str, ...] | None) -> list[str]:
+    """Return what is to be said of a run's eligibility; nothing for runs of no leaderboard challenge."""
+    if reasons is None:
+        return []
+    return [f"not eligible for the leaderboard: {reason}" for reason in reasons] or ["eligible for the leaderboard"]
+
+
+def _show_result(resolved: ResolvedConfig, result: TrainResult) -> None:
+    from rich.table import Table
+
+    from fedtune.units import format_seconds, to_mib
+
+    cap = resolved.config.communication.cap_mib
+    table = Table(show_header=False, title="Run", title_justify="left")
+    rows: list[tuple[str, Any]] = [
+        ("rounds", result.rounds),
+        ("training loss", f"{result.first_loss:.4f} → {result.last_loss:.4f}"),
+        ("communication", f"{to_mib(result.used_bytes):,.2f} of {cap:,.0f} MiB"),
+        ("rows seen", f"{result.share_seen:.1%} of all clients' rows"),
+        ("replies left out", result.refused),
+        ("time", format_seconds(result.seconds)),
+    ]
+    for name, value in rows:
+        table.add_row(name, str(value))
+    stderr.print(table)
+    for line in eligibility_lines(result.ineligible):
+        note(line)
+    note(f"report {result.run / 'report.html'}")
+    print_data(f"{result.adapter}\n")
+
+
+def _compare(resolved: ResolvedConfig, result: TrainResult, *, quiet: bool) -> Any:
+    raise NotImplementedError

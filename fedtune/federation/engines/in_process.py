@@ -1,0 +1,124 @@
+"""The in-process engine: Flower's Grid over clients that run one after another in this process, on one resident base.
+
+Same messages, same ServerApp and ClientApp as on every other engine; no Ray, no sockets. A client's exception becomes an
+error reply, as on a real node.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedtune.errors import ClientError, FedTuneError
+
+log = logging.getLogger(__name__)
+
+_CLIENT_RAISED = 2
+"""Flower's error code for an exception in a ClientApp (flwr.common.constant.ErrorCode)."""
+
+_RUN_ID = 1
+_SERVER_NODE = 1
+_FIRST_CLIENT_NODE = 2
+
+
+class InProcessGrid(Grid):
+    """A Grid whose nodes are `clients` ClientApps in this process; node ids are partition ids plus two."""
+
+    def __init__(self, client_app: ClientApp, clients: int, run_config: dict[str, str]) -> None:
+        self._app = client_app
+        self._run = Run.create_empty(_RUN_ID)
+        self._replies: dict[str, Message] = {}
+        self._contexts = {
+            partition + _FIRST_CLIENT_NODE: Context(
+                run_id=_RUN_ID,
+                node_id=partition + _FIRST_CLIENT_NODE,
+                node_config={"partition-id": partition, "num-partitions": clients},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for partition in range(clients)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all nodes; all of them are always there."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run the clients that the messages are for, one after another, and keep their replies."""
+        ids = []
+        for message in messages:
+            reply = self._deliver(message)
+            self._replies[message.metadata.message_id] = reply
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to the messages of the given ids, each once."""
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Yield each client's reply as soon as it is there; the time limit is kept by the client's own loop."""
+        for message in messages:
+            yield self._deliver(message)
+
+    def _deliver(self, message: Message) -> Message:
+        message.metadata.__dict__["_message_id"] = uuid4().hex
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            reply = self._app(message, context)
+        except ClientError as error:
+            reply = Message(Error(_CLIENT_RAISED, str(error)), reply_to=message)
+        except FedTuneError:
+            raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
+        except Exception as error:
+            log.debug("the client on node %d failed", message.metadata.dst_node_id, exc_info=True)
+            # Only the class's name leaves a client: an exception's text may hold data or secrets.
+            reply = Message(Error(_CLIENT_RAISED, type(error).__name__), reply_to=message)
+        # Flower leaves a message's source to the node that sends it.
+        reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+        return reply
+
+
+@contextmanager
+def identity() -> Iterator[None]:
+    """Tell Flower who this process is: a message takes its run and source from there. Flower's own engines do the same."""
+    before = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE, 0
+    try:
+        yield
+    finally:
+        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before
+
+
+def run(server_app: ServerApp, client_app: ClientApp, clients: int, run_config: dict[str, str]) -> None:
+    """Run a federation in this process; returns when the ServerApp does, raises what it raises."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # its progress lines would run through ours
+    grid = InProcessGrid(client_app, clients, run_config)
+    context = Context(
+        run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
+    )
+    with identity():
+        server_app(grid, context)

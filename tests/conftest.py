@@ -1,0 +1,33 @@
+"""What all tests share: a clean environment, real data where it is there, small models of our own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test depends on the user's hub login or settings."""
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data beside the project; tests that need it are skipped where it is not."""
+    folder = PROJECT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data is not here")
+    return folder
+
+
+@pytest.fixture
+def flower_identity() -> Iterator[None]:
+    """Flower's messages need to know who makes them."""
+    from fedtune.federation.engines.in_process import identity
+
+    with identity():
+        yield
