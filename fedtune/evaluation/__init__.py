@@ -1,0 +1,1 @@
+"""Everything that scores: benchmarks, official scoring, statistics and the leaderboard's files."""

@@ -1,0 +1,105 @@
+"""Where the rows come from: the data set that ships with fedtune, local files, a folder of files, or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import datasets
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from fedtune.config.schema import BUILTIN_TINY, DataConfig
+from fedtune.data.files import SUFFIXES, read_file, read_folder
+from fedtune.data.hub import find_copy, load_hub
+from fedtune.data.quiet import quiet
+from fedtune.errors import ConfigError, MissingError, Problem
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "tiny"
+
+
+def load_rows(config: DataConfig, seed: int) -> datasets.Dataset:
+    """Load all rows as one table, shuffled with `seed` as `flwr_datasets.FederatedDataset` does before it partitions.
+
+    The files of a folder follow one another, sorted by name, before the shuffle. Nothing is written to disk but the
+    hub's own cache.
+
+    Raises:
+        ConfigError: `data.source` is missing, is no possible source, or the built-in set has no such split.
+        MissingError: the file, folder or hub data set is not there or cannot be reached.
+        UsageError: a file cannot be read as what its suffix says; names the line.
+    """
+    with quiet():
+        path = local_path(config)
+        if path is None:
+            rows = load_hub(str(config.source), config.revision, config.split)
+        elif path.is_dir():
+            rows = datasets.concatenate_datasets(list(read_folder(path).values()))
+        else:
+            rows = read_file(path)
+        return rows.shuffle(seed=seed, keep_in_memory=True)
+
+
+def load_files(config: DataConfig) -> dict[str, datasets.Dataset]:
+    """Load a folder with one file per client: file name to table, sorted by name, rows in the file's order.
+
+    Raises:
+        ConfigError: `data.source` is not a folder.
+        MissingError, UsageError: as for `load_rows`.
+    """
+    path = local_path(config)
+    if path is None or not path.is_dir():
+        raise ConfigError(
+            [Problem("data.partitioner", f"files needs a folder with one file a client, which {config.source} is not")]
+        )
+    with quiet():
+        return read_folder(path)
+
+
+def resolved_revision(config: DataConfig) -> str | None:
+    """Return the commit of the hub data set that this config means now, or None for a source that is not on the hub.
+
+    Raises:
+        ConfigError, MissingError: as for `load_rows`.
+    """
+    if local_path(config) is not None:
+        return None
+    with quiet():
+        return find_copy(str(config.source), config.revision).commit
+
+
+def local_path(config: DataConfig) -> Path | None:
+    """Return the file or folder that `data.source` means, or None when it means a data set on the hub.
+
+    Raises:
+        ConfigError: there is no source, or no such built-in data set or split.
+        MissingError: the source looks like a path and is not there.
+    """
+    source = config.source
+    if not source:
+        raise ConfigError([Problem("data.source", "is missing; give a file with --data FILE, or a hub id")])
+    if source.startswith("builtin:"):
+        return _builtin(source, config.split)
+    looks_local = source.startswith((".", "/", "~")) or Path(source).suffix.lower() in SUFFIXES
+    # What no file system takes as a name (too long, an unknown ~user) is as good as not there.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        looks_local = True
+    if looks_local:
+        raise MissingError(f"There is no file or folder {source}.", hint="Check the path given by --data.")
+    return None
+
+
+def _builtin(source: str, split: str) -> Path:
+    if source != BUILTIN_TINY:
+        raise ConfigError([Problem("data.source", f"there is no {source}", nearest=BUILTIN_TINY)])
+    path = BUILTIN_FOLDER / f"{split}.jsonl"
+    if not path.is_file():
+        splits = ", ".join(sorted(found.stem for found in BUILTIN_FOLDER.glob("*.jsonl")))
+        raise ConfigError([Problem("data.split", f"{source} has no split {split}; it has {splits}")])
+    return path

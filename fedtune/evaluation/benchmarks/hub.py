@@ -1,0 +1,82 @@
+"""Rows of a benchmark from the hub, through `datasets`; nothing of a data set's own code is run."""
+
+from __future__ import annotations
+
+import os
+import threading
+import urllib.error
+import urllib.request
+
+from fedtune.errors import MissingError
+from fedtune.evaluation.benchmarks.base import Row, Source
+
+WAIT_S = 8.0
+
+
+class SourceError(Exception):
+    """This source cannot be used; the text says why, the next one may do."""
+
+
+def require_hub(wait_s: float = WAIT_S) -> None:
+    """Ask the hub (or HF_ENDPOINT) for a sign of life, so that a dead network costs seconds, not minutes of retries.
+
+    With HF_HUB_OFFLINE set nothing is asked: the cache may hold the rows.
+
+    Raises:
+        MissingError: no answer within `wait_s` seconds.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(endpoint, method="HEAD")
+            with urllib.request.urlopen(request, timeout=wait_s):
+                answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except (OSError, ValueError):
+            pass
+
+    # A thread, because looking up the host's name heeds no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(wait_s)
+    if not answered.is_set():
+        raise MissingError(
+            f"The hub at {endpoint} cannot be reached.",
+            hint="Give the benchmarks' files with --data-dir DIR, or set HF_HUB_OFFLINE=1 if they are in the cache.",
+        )
+
+
+def hub_rows(source: Source, part: str) -> list[Row]:
+    """Return the rows of `part` from one source, in the original's fields.
+
+    Raises:
+        SourceError: the source cannot be loaded or is not of the form it should have.
+    """
+    if source.script and not source.parquet_export:
+        raise SourceError("a script data set, which datasets 4 and later refuse")
+    import datasets
+
+    config = source.config or part or None
+    try:
+        if source.parquet_export:
+            branch = f"hf://datasets/{source.hub_id}@{source.revision or 'refs/convert/parquet'}"
+            files = f"{branch}/{config or 'default'}/{source.split}/*.parquet"
+            loaded = datasets.load_dataset("parquet", data_files=files, split="train")
+        else:
+            loaded = datasets.load_dataset(source.hub_id, config, split=source.split, revision=source.revision)
+        return list(source.rows(loaded))
+    # What may go wrong there is open-ended: no such repository, gated, offline, other columns, a broken download.
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        raise SourceError(text.splitlines()[0].removesuffix(".")[:200]) from error
+
+
+def describe(source: Source) -> str:
+    """Return where a source's rows come from, for people and results: `cais/mmlu@c30699e8`."""
+    revision = source.revision or ("refs/convert/parquet" if source.parquet_export else None)
+    return f"{source.hub_id}@{revision[:8] if len(revision) == 40 else revision}" if revision else source.hub_id
