@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli import eval as evaluation
 from fedtune.cli import train
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ def fedtune(
 
 
 app.command("train")(train.train)
+app.command("eval")(evaluation.evaluate)
 
 
 def main() -> None:
@@ -50,3 +52,7 @@ def with_optional_values(words: list[str]) -> list[str]:
         if word == "--resume" and (position + 1 == len(words) or words[position + 1].startswith("-")):
             filled.append("latest")
     return filled
+
+
+if __name__ == "__main__":
+    main()

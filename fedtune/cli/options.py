@@ -81,10 +81,10 @@ def resolve(
     if data is not None:
         flags["data.source"] = ("--data", str(data))
         if data.is_dir():
-            from fedtune.data.files import client_files
+            from fedtune.data.folder import client_files
 
             flags["data.partitioner"] = ("--data", "files")
-            flags["federation.clients"] = ("--data", max(1, len(client_files(data))))
+            flags["federation.clients"] = ("--data", len(client_files(data)))
     if engine is not None:
         flags["federation.engine"] = ("--engine", engine)
     return load_config(

@@ -1,4 +1,4 @@
-"""What `fedtune train` shows while it works: a live view on a terminal, one line a round elsewhere."""
+"""What commands show while they work: a live view on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from fedtune.cli.console import stderr, warn
@@ -26,8 +27,14 @@ from fedtune.federation.events import (
 )
 from fedtune.units import format_seconds, to_mib
 
+if TYPE_CHECKING:
+    from fedtune.evaluation.evaluate import Asked
+
 _MOST_ROWS = 24
 """Rows of the partition table that fit a screen; more are summed up."""
+
+_QUIET_S = 15.0
+"""Where there is no terminal, an evaluation says how far it is at most so often."""
 
 
 class TrainProgress:
@@ -135,3 +142,44 @@ class TrainProgress:
                 f"{time.strftime('%H:%M:%S')} round {event.round}/{self.config.federation.rounds}: loss {event.loss:.4f}, "
                 f"{event.accepted} of {event.asked} clients, {rate:,.0f} tokens/s, {self.used:,.2f} MiB"
             )
+
+
+class EvalProgress:
+    """Listens to an evaluation and shows how far it is and how well it goes."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = stderr.is_terminal and not quiet
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[state]}"),
+            console=stderr,
+        )
+        self.tasks: dict[tuple[str, str], TaskID] = {}
+        self.said = 0.0
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the live view inside the block, where there is a terminal."""
+        if not self.live:
+            yield
+            return
+        with self.bar:
+            yield
+
+    def __call__(self, asked: Asked) -> None:
+        """Take news of answers that have come in."""
+        rate = asked.answered / asked.seconds if asked.seconds else 0.0
+        left = format_seconds((asked.total - asked.done) / rate) if rate else "?"
+        state = f"{asked.right / asked.done:.1%} right · {rate:,.1f} questions/s · {left} left"
+        name = f"{asked.subject} on {asked.bench}"
+        if self.live:
+            key = (asked.subject, asked.bench)
+            if key not in self.tasks:
+                self.tasks[key] = self.bar.add_task(name, total=asked.total, state="")
+            self.bar.update(self.tasks[key], completed=asked.done, state=state)
+        elif not self.quiet and (asked.done == asked.total or time.monotonic() - self.said > _QUIET_S):
+            self.said = time.monotonic()
+            stderr.print(f"{name}: {asked.done}/{asked.total} · {state}", highlight=False, markup=False, soft_wrap=True)

@@ -58,6 +58,8 @@ def train(
     if dry_run:
         _show_plan(resolved, json)
         return
+    if baselines:
+        _check_baselines(resolved)
 
     from fedtune.cli.progress import TrainProgress
     from fedtune.federation.train import train as run_federation
@@ -77,11 +79,11 @@ def train(
         raise KeyboardInterrupt(
             f"Round {progress.done} is saved. Go on: fedtune train --resume {where}" if where else "Nothing was begun."
         ) from None
+    if not json:
+        _show_result(resolved, result)
     comparison = _compare(resolved, result, quiet=json) if baselines else None
     if json:
         print_json({"result": result, **({"baselines": comparison} if comparison else {})})
-    else:
-        _show_result(resolved, result)
 
 
 def _show_plan(resolved: ResolvedConfig, as_json: bool) -> None:
@@ -163,5 +165,57 @@ def _show_result(resolved: ResolvedConfig, result: TrainResult) -> None:
     print_data(f"{result.adapter}\n")
 
 
-def _compare(resolved: ResolvedConfig, result: TrainResult, *, quiet: bool) -> Any:
-    raise NotImplementedError
+def _check_baselines(resolved: ResolvedConfig) -> None:
+    """Refuse --baselines before an hour of training when nothing could be scored afterwards."""
+    from fedtune.config.facts import load_preset
+    from fedtune.errors import UsageError
+
+    challenge = resolved.config.challenge
+    if challenge is None or load_preset("challenge", challenge).leaderboard:
+        raise UsageError(
+            "--baselines scores on the challenge's own test set, which only tiny ships.",
+            hint="Try it: fedtune train --challenge tiny --baselines",
+        )
+
+
+def _compare(resolved: ResolvedConfig, result: TrainResult, *, quiet: bool) -> dict[str, Any]:
+    """Train the baselines, score them and the federation's adapter on the challenge's benchmark, and show the table."""
+    from rich.table import Table
+
+    from fedtune.cli.console import stdout
+    from fedtune.evaluation.compare import compare
+    from fedtune.federation.baselines import train_baselines
+
+    config = resolved.config
+
+    def on_round(name: str, server_round: int) -> None:
+        if not quiet and server_round == 1:
+            note(f"training {name} alone")
+
+    baselines = train_baselines(config, result.run, on_round)
+    folders = {"federation": result.adapter, **{baseline.name: baseline.folder for baseline in baselines}}
+    scores = compare(config, folders, result.run / "baselines")
+    rows = {baseline.name: baseline.rows for baseline in baselines}
+    if not quiet:
+        for bench in dict.fromkeys(score.bench for score in scores):
+            table = Table("adapter", "rows", "accuracy", "95 % interval", "unparsed", title=bench, title_justify="left")
+            for score in (score for score in scores if score.bench == bench):
+                table.add_row(
+                    score.subject,
+                    f"{rows[score.subject]:,}" if score.subject in rows else "",
+                    f"{score.score.accuracy:.2%}",
+                    f"{score.interval.low:.1%} – {score.interval.high:.1%}",
+                    f"{score.score.unparsed_share or 0:.1%}",
+                )
+            stdout.print(table)
+    return {
+        "adapters": [
+            {
+                "name": score.subject,
+                "bench": score.bench,
+                "rows": rows.get(score.subject),
+                "accuracy": score.score.accuracy,
+            }
+            for score in scores
+        ]
+    }

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
@@ -176,16 +177,14 @@ def _paths_of(section: type[Section], prefix: str) -> Iterator[str]:
 
 def strategy_options() -> Sequence[type[Section]]:
     """Return the sections that `strategy` may be, one an algorithm."""
-    members: Sequence[type[Section]] = get_args(StrategyOptions)
-    return members
+    return typing.get_args(StrategyOptions)
 
 
 def problems_of(error: ValidationError, origins: Mapping[str, str]) -> list[Problem]:
     """Translate pydantic's errors into problems, one a path, with origin and nearest key."""
     paths = known_paths()
     sections = {path.rpartition(".")[0] for path in paths}
-    strategies = {member.model_fields["name"].annotation: member for member in strategy_options()}
-    tags = {get_args(annotation)[0] for annotation in strategies}
+    tags = {typing.get_args(member.model_fields["name"].annotation)[0] for member in strategy_options()}
     problems: dict[str, Problem] = {}
     for detail in error.errors():
         parts = [str(part) for part in detail["loc"]]

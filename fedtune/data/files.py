@@ -13,12 +13,9 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
+from fedtune.data.folder import SUFFIXES, client_files
 from fedtune.data.prompt import as_text
 from fedtune.errors import MissingError, UsageError
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-_NOT_DATA = ("readme", "license", "licence")
 
 
 def read_file(path: Path) -> datasets.Dataset:
@@ -56,9 +53,7 @@ def read_file(path: Path) -> datasets.Dataset:
 
 
 def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
-    """Read every data file of a folder, sorted by name; all must have the same columns.
-
-    Hidden files, README and LICENSE files and sub-folders are passed over.
+    """Read every data file of a folder, in the order of `client_files`; all must have the same columns.
 
     Returns:
         File name to table.
@@ -66,15 +61,8 @@ def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
     Raises:
         UsageError: there is no data file, a file has an unknown suffix or other columns, or cannot be read.
     """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError as error:
-        raise UsageError(f"The folder {folder} cannot be read: {error.strerror}.") from None
-    paths = [path for path in paths if not path.name.lower().startswith(_NOT_DATA)]
-    if not paths:
-        raise UsageError(f"The folder {folder} holds no data file.", hint=f"fedtune reads {', '.join(SUFFIXES)}.")
     tables: dict[str, datasets.Dataset] = {}
-    for path in paths:
+    for path in client_files(folder):
         table = read_file(path)
         first_name, first = next(iter(tables.items()), (path.name, table))
         if set(table.column_names) != set(first.column_names):

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedtune.config.schema import BUILTIN_TINY, DataConfig
-from fedtune.data.files import SUFFIXES, read_file, read_folder
+from fedtune.data.files import read_file, read_folder
+from fedtune.data.folder import SUFFIXES
 from fedtune.data.hub import find_copy, load_hub
 from fedtune.data.quiet import quiet
 from fedtune.errors import ConfigError, MissingError, Problem

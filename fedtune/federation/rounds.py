@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -316,7 +316,7 @@ class NodesOfRound(Grid):
         raise NotImplementedError("a strategy does not set the run")
 
     @property
-    def run(self):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def run(self):  # type: ignore[no-untyped-def]
         """The engine's run."""
         return self._grid.run
 

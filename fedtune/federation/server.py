@@ -10,8 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.federation.rounds import Rounds
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.models.adapter import initial_tensors
-from fedtune.runs.directory import RUNS, RunDirectory, create_run
 from fedtune.runs.atomic import write_json
+from fedtune.runs.directory import RUNS, RunDirectory, create_run
 
 app = ServerApp()
 

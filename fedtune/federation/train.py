@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from fedtune.config.facts import ineligible_because
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import share_seen
+from fedtune.data.source import resolved_revision
 from fedtune.data.tokenize import check_skipped
 from fedtune.errors import Problem, UsageError
 from fedtune.federation.events import DataReady, Listener, RunOpened, listening, tell
@@ -83,6 +85,8 @@ def train(
         CapError: the communication cap would be passed.
     """
     started = time.monotonic()
+    # Data owners' runs are nobody else's business; who wants Flower's telemetry sets this to 1.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     if config.data.source is None:
         raise UsageError("data.source is not set.", hint="Name your data: --data FILE, or take a --challenge.")
     if resume is not None:
@@ -92,7 +96,7 @@ def train(
     workspace = workspace_of(config_json)
     table = workspace.partitions.table()
     base = workspace.base
-    pinned = pin_revisions(config, base.revision, workspace.partitions.revision)
+    pinned = pin_revisions(config, base.revision, resolved_revision(config.data))
     run = resume or create_run(out, config)
     with run.lock(), listening(listener):
         if resume is None:

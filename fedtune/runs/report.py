@@ -15,14 +15,19 @@ from fedtune.units import MiB
 _WIDTH, _HEIGHT, _MARGIN = 640, 240, 56
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 46rem; padding: 0 1rem; color: #1d2430; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 46rem; padding: 0 1rem }
+body { color: #1d2430; background: #fff }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2.2rem }
 svg { width: 100%; height: auto } svg text { font: 11px system-ui, sans-serif; fill: #5a6472 }
-table { border-collapse: collapse; width: 100%; font-size: 14px } td, th { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e3e7ed }
-td:first-child, th:first-child { text-align: left } .quiet { color: #5a6472 } .warn { border-left: 4px solid #b45309; padding-left: .8rem }
+table { border-collapse: collapse; width: 100%; font-size: 14px }
+td, th { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e3e7ed }
+td:first-child, th:first-child { text-align: left }
+.quiet { color: #5a6472 } .warn { border-left: 4px solid #b45309; padding-left: .8rem }
 pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: 13px }
-@media (prefers-color-scheme: dark) { body { color: #e4e8ee; background: #14181f } pre { background: #1d232d }
-  td, th { border-color: #2b333f } svg text, .quiet { fill: #9aa5b4; color: #9aa5b4 } }
+@media (prefers-color-scheme: dark) {
+  body { color: #e4e8ee; background: #14181f } pre { background: #1d232d } td, th { border-color: #2b333f }
+  svg text { fill: #9aa5b4 } .quiet { color: #9aa5b4 }
+}
 """
 
 

@@ -199,16 +199,14 @@ def test_parsing_settings_never_crashes(path: str, value: str) -> None:
 
 @given(st.dictionaries(st.sampled_from(known_paths()), st.one_of(st.integers(), st.text(), st.booleans(), st.floats())))
 def test_any_values_are_accepted_or_refused_with_their_paths(values: dict[str, object]) -> None:
-    """Property: a refused config names only paths that lead to what was given."""
+    """Property: a refused config names only sections of what was given."""
+    given = {path: ("test", value) for path, value in values.items() if path not in ("challenge", "recipe")}
+    named: set[str] = set()
     try:
-        load_config(
-            flags={path: ("test", value) for path, value in values.items() if path not in ("challenge", "recipe")}
-        )
+        load_config(flags=given)
     except ConfigError as error:
-        sections = {path.split(".")[0] for path in values} | {"challenge", "recipe"}
-        assert {problem.path.split(".")[0] for problem in error.problems} <= sections
-    except ValueError as error:  # nan and inf are no JSON numbers
-        pytest.fail(f"crashed: {error}")
+        named = {problem.path.split(".")[0] for problem in error.problems}
+    assert named <= {path.split(".")[0] for path in given}
 
 
 def test_unreadable_config_files(tmp_path: Path) -> None:

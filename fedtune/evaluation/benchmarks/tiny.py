@@ -35,6 +35,7 @@ BENCHMARK = Benchmark(
     fields=("question", *OPTIONS, "cop", "subject"),
     ask=ask,
     parts={"": Part(None)},
+    more_fields=("id",),
     subset_field="subject",
     shipped=Path(__file__).parents[2] / "data" / "builtin" / "tiny" / "test.jsonl",
 )

@@ -79,7 +79,12 @@ class InProcessGrid(Grid):
         """Return the replies to the messages of the given ids, each once."""
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+    def send_and_receive(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,  # noqa: ARG002
+    ) -> Iterator[Message]:
         """Yield each client's reply as soon as it is there; the time limit is kept by the client's own loop."""
         for message in messages:
             yield self._deliver(message)

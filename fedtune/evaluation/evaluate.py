@@ -1,0 +1,434 @@
+"""evaluate(settings) -> EvalResult: every adapter on every benchmark, one base in memory, each answer kept as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from fedtune.config.schema import BUILTIN_TINY, ModelConfig
+from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, tokenize
+from fedtune.evaluation.artefacts import write_artefacts
+from fedtune.evaluation.benchmarks.base import Question, Selection
+from fedtune.evaluation.benchmarks.load import QuestionSet, load_questions
+from fedtune.evaluation.journal import Journal, open_journal
+from fedtune.evaluation.official import (
+    BATCH_SIZE,
+    FINANCE_LENGTH,
+    answer_finance,
+    answer_one_by_one,
+    answer_part,
+    new_tokens,
+)
+from fedtune.evaluation.scoring import Answer, Score, score
+from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
+from fedtune.models.adapter import AdaptedModel, attach_saved, read_adapter
+from fedtune.models.base import Base, load_base
+from fedtune.runs.atomic import write_json
+from fedtune.runs.directory import file_sha256
+
+Mode = Literal["fast", "official"]
+
+_PACKAGES = ("fedtune", "torch", "transformers", "peft", "bitsandbytes")
+
+BASE = "base"
+"""Name of the base model without adapter in tables and file names."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to be scored: the base model, or an adapter on it."""
+
+    name: str
+    """In tables and file names."""
+    folder: Path | None = None
+    """The adapter's folder; None for the base alone."""
+    used_mib: float | None = None
+    """Training messages up to this adapter's round, where a ledger tells."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Answers have come in."""
+
+    subject: str
+    bench: str
+    done: int
+    total: int
+    right: int
+    """Right ones among those that are done."""
+    seconds: float
+    """Spent on those that this process answered."""
+    answered: int
+    """Questions that this process answered."""
+
+
+Listener = Callable[[Asked], None]
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is to be scored, on what, and how."""
+
+    model: ModelConfig
+    """The base, quantized as it shall be for evaluation."""
+    subjects: tuple[Subject, ...]
+    selections: tuple[Selection, ...]
+    out: Path
+    """Folder of the results."""
+    mode: Mode = "fast"
+    batch_size: int = BATCH_SIZE
+    """Part of the protocol: the first gold answer of a batch sets the number of new tokens."""
+    data_dir: Path | None = None
+    limit: int | None = None
+    verify: int = 0
+    """Questions to answer both ways, fast and one by one."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Fast answers held against the plain way's."""
+
+    asked: int
+    equal: int
+    smallest_gaps: tuple[float, ...]
+    """The five smallest gaps between the two best logits of a first token."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One subject on one benchmark."""
+
+    subject: str
+    bench: str
+    protocol: str
+    mode: Mode
+    score: Score = field(repr=False)
+    interval: Interval
+    """95 % interval of the accuracy."""
+    partial: str
+    """Why this is not the whole benchmark; empty when it is."""
+    findings: tuple[str, ...]
+    comparable: bool
+    """Whether the accuracy may stand beside the leaderboard's."""
+    seconds: float
+    prompt_tokens: int
+    details: Mapping[str, Any] = field(repr=False)
+    """Arithmetic, hashes and versions, as in results.json."""
+    used_mib: float | None = None
+    against_base: PairedTest | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def questions_per_second(self) -> float:
+        """Questions a second, over all processes that answered."""
+        return self.score.n / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """All subjects on all benchmarks."""
+
+    results: tuple[BenchResult, ...]
+    file: Path
+    """results.json"""
+
+
+class Bench:
+    """One base in memory, adapters swapped in place; loaded when the first question needs it."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.config = model
+        self._base: Base | None = None
+        self._adapted: AdaptedModel | None = None
+        self._settings: str = ""
+
+    @property
+    def base(self) -> Base:
+        """The base model."""
+        if self._base is None:
+            self._base = load_base(self.config)
+        return self._base
+
+    def put_on(self, subject: Subject) -> Base:
+        """Return the base with the subject's adapter on it, or bare."""
+        if subject.folder is None:
+            self._take_off()
+            return self.base
+        saved = read_adapter(subject.folder)
+        settings = json.dumps(saved.config, sort_keys=True)
+        if self._adapted is None or settings != self._settings:
+            self._take_off()
+            self._adapted, self._settings = attach_saved(self.base, saved), settings
+        self._adapted.load(saved.tensors)
+        return self.base
+
+    def _take_off(self) -> None:
+        if self._adapted is not None:
+            self._adapted.detach()
+            self._adapted = None
+
+
+def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalResult:
+    """Score every subject on every benchmark.
+
+    A result that is on disk is not computed again; a killed call goes on where it stopped.
+
+    Raises:
+        MissingError: model, adapter or data cannot be had, or an adapter does not fit the base.
+        UsageError: the data is not what a benchmark needs.
+    """
+    sets = [load_questions(selection, settings.data_dir, settings.limit) for selection in settings.selections]
+    bench = Bench(settings.model)
+    results: list[BenchResult] = []
+    for subject in settings.subjects:
+        for questions in sets:
+            results.append(_score_one(bench, settings, subject, questions, listener))
+    results = _with_base(results)
+    file = settings.out / "results.json"
+    _merge_results(file, results)
+    return EvalResult(tuple(results), file)
+
+
+def _score_one(
+    bench: Bench, settings: EvalSettings, subject: Subject, questions: QuestionSet, listener: Listener | None
+) -> BenchResult:
+    selection = questions.selection
+    details = {
+        "bench": selection.name,
+        "protocol": "flowertune",
+        "mode": settings.mode,
+        "batch_size": settings.batch_size,
+        "prompts_sha256": questions.sha256,
+        "model": settings.model.model_dump(mode="json"),
+        "model_sha256": _model_hash(settings.model),
+        "adapter_sha256": None if subject.folder is None else file_sha256(subject.folder / "adapter_model.safetensors"),
+        "device": _device(),
+        "compute_dtype": _dtype_name(settings),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    name = "_".join(filter(None, (selection.benchmark.name, selection.category, subject.name, settings.mode)))
+    journal = open_journal(settings.out / "answers" / f"{name}.jsonl", details)
+    waiting = [place for place in range(questions.count) if place not in journal.outputs]
+    if waiting:
+        _answer(bench.put_on(subject), settings, subject, questions, journal, listener)
+    answers = [
+        Answer(question.prompt, question.gold, journal.outputs[place], question.subset)
+        for place, question in enumerate(questions.questions)
+    ]
+    result = score(answers, selection.benchmark.answer_type)
+    run = subject.name if settings.mode == "official" else f"{subject.name}_{settings.mode}"
+    write_artefacts(settings.out, selection, run, answers, result.accuracy)
+    agreement = _verify(bench, settings, subject, questions, journal) if settings.verify else None
+    return BenchResult(
+        subject=subject.name,
+        bench=selection.name,
+        protocol="flowertune",
+        mode=settings.mode,
+        score=result,
+        interval=wilson(result.k, result.n),
+        partial=questions.partial_because,
+        findings=tuple(finding.text for finding in questions.findings),
+        comparable=questions.comparable,
+        seconds=journal.seconds,
+        prompt_tokens=journal.prompt_tokens,
+        details={**details, "questions_from": questions.source},
+        used_mib=subject.used_mib,
+        agreement=agreement,
+    )
+
+
+def _answer(
+    base: Base,
+    settings: EvalSettings,
+    subject: Subject,
+    questions: QuestionSet,
+    journal: Journal,
+    listener: Listener | None,
+) -> None:
+    """Ask what the journal lacks, and write every batch of replies into it."""
+    kind = questions.selection.benchmark.answer_type
+    golds = [question.gold for question in questions.questions]
+    began = time.monotonic()
+    answered = 0
+    for replies, seconds, tokens in _timed(_replies(base, settings, questions, set(journal.outputs))):
+        journal.add(replies, seconds, tokens)
+        answered += len(replies)
+        if listener is not None:
+            done = [Answer("", golds[place], output) for place, output in journal.outputs.items()]
+            listener(
+                Asked(
+                    subject=subject.name,
+                    bench=questions.selection.name,
+                    done=len(done),
+                    total=questions.count,
+                    right=score(done, kind).k,
+                    seconds=time.monotonic() - began,
+                    answered=answered,
+                )
+            )
+
+
+def _replies(
+    base: Base, settings: EvalSettings, questions: QuestionSet, known: set[int]
+) -> Iterator[tuple[list[Reply], int]]:
+    """Yield replies to the questions that are not known yet, by their places, with the tokens of their prompts.
+
+    Questions with the same prompt share one reply, as in the leaderboard's scripts.
+    """
+    benchmark = questions.selection.benchmark
+    asked = questions.questions
+    if benchmark.answer_type == "sentiment" and settings.mode == "official":
+        # Batches pad to their longest row: they are asked whole, in their order, or not at all.
+        for replies in answer_finance(base, [question.prompt for question in asked]):
+            fresh = [reply for reply in replies if reply.place not in known]
+            yield fresh, sum(len(ids) for ids in tokenize(base, [asked[reply.place].prompt for reply in fresh]))
+        return
+    places: dict[str, list[int]] = {}
+    for place, question in enumerate(asked):
+        places.setdefault(question.prompt, []).append(place)
+    prompts = [prompt for prompt, owners in places.items() if not known.issuperset(owners)]
+    tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in prompts])
+    limits = _limits(base, settings, asked, dict(zip(prompts, tokens, strict=True)))
+    requests = [Request(ids, limits[prompt]) for prompt, ids in zip(prompts, tokens, strict=True)]
+    if settings.mode == "official":
+        stream = answer_one_by_one(base, requests, pad_token_of(base))
+    else:
+        stream = answer(base, requests, Budget.of(base.device), Work())
+    for replies in stream:
+        spread = []
+        for reply in replies:
+            text = answer_part("Answer: " + reply.text) if benchmark.answer_type == "sentiment" else reply.text
+            spread += [Reply(place, text, reply.gap) for place in places[prompts[reply.place]]]
+        yield spread, sum(len(requests[reply.place].tokens) for reply in replies)
+
+
+def _limits(
+    base: Base, settings: EvalSettings, asked: Sequence[Question], tokens: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Return how many new tokens each prompt is allowed."""
+    if asked and asked[0].prompt.startswith("Instruction: "):
+        return {prompt: max(1, FINANCE_LENGTH - len(ids)) for prompt, ids in tokens.items()}
+    counts = new_tokens(base, asked, settings.batch_size)
+    return {question.prompt: count for question, count in zip(asked, counts, strict=True)}
+
+
+def _timed(stream: Iterator[tuple[list[Reply], int]]) -> Iterator[tuple[list[Reply], float, int]]:
+    began = time.monotonic()
+    for replies, tokens in stream:
+        yield replies, time.monotonic() - began, tokens
+        began = time.monotonic()
+
+
+def pad_token_of(base: Base) -> int:
+    """Return the token that `generate` pads with; one prompt at a time never needs it."""
+    if base.tokenizer.pad_token_id is not None:
+        return int(base.tokenizer.pad_token_id)
+    return int(base.tokenizer.eos_token_id or 0)
+
+
+def _verify(
+    bench: Bench, settings: EvalSettings, subject: Subject, questions: QuestionSet, journal: Journal
+) -> Agreement:
+    """Answer evenly spread questions one by one, on the same weights, and compare with the journal's outputs."""
+    base = bench.put_on(subject)
+    count = min(settings.verify, questions.count)
+    places = [round(number * (questions.count - 1) / max(1, count - 1)) for number in range(count)]
+    asked = [questions.questions[place] for place in places]
+    limits = dict(zip(range(questions.count), new_tokens(base, questions.questions, settings.batch_size), strict=True))
+    tokens = tokenize(base, [questions.selection.benchmark.wrap(question.prompt) for question in asked])
+    requests = [Request(ids, limits[place]) for ids, place in zip(tokens, places, strict=True)]
+    plain = [reply for replies in answer_one_by_one(base, requests, pad_token_of(base)) for reply in replies]
+    equal = sum(reply.text == journal.outputs[place] for reply, place in zip(plain, places, strict=True))
+    gaps = sorted(gap for gap in journal.gaps.values() if gap is not None)
+    return Agreement(count, equal, tuple(gaps[:5]))
+
+
+def _with_base(results: Sequence[BenchResult]) -> list[BenchResult]:
+    """Add to every adapter's result the paired test against the base on the same questions, where the base was asked."""
+    bases = {result.bench: result for result in results if result.subject == BASE}
+    tested = []
+    for result in results:
+        base = bases.get(result.bench)
+        if base is not None and result.subject != BASE and base.score.n == result.score.n:
+            test = mcnemar(result.score.correct, base.score.correct)
+            result = BenchResult(**{**vars(result), "against_base": test})
+        tested.append(result)
+    return tested
+
+
+def result_record(result: BenchResult) -> dict[str, Any]:
+    """Return a result as it stands in results.json."""
+    score_ = result.score
+    return {
+        "subject": result.subject,
+        "bench": result.bench,
+        "protocol": result.protocol,
+        "mode": result.mode,
+        "accuracy": score_.accuracy,
+        "n": score_.n,
+        "k": score_.k,
+        "interval_95": [result.interval.low, result.interval.high],
+        "unparsed": score_.unparsed,
+        "unparsed_outputs": [list(pair) for pair in score_.unparsed_outputs],
+        "accuracy_parsed": score_.accuracy_parsed,
+        "majority": {"prediction": score_.majority, "share": score_.majority_share},
+        "subsets": [{"name": s.name, "n": s.n, "k": s.k, "unparsed": s.unparsed} for s in score_.subsets],
+        "partial": result.partial or None,
+        "findings": list(result.findings),
+        "comparable": result.comparable,
+        "against_base": result.against_base and asdict(result.against_base),
+        "used_mib": result.used_mib,
+        "seconds": result.seconds,
+        "prompt_tokens": result.prompt_tokens,
+        "questions_per_second": result.questions_per_second,
+        "tokens_per_second": result.prompt_tokens / result.seconds if result.seconds else None,
+        "verified": result.agreement and asdict(result.agreement),
+        **{key: value for key, value in result.details.items() if key not in ("bench", "protocol", "mode")},
+    }
+
+
+def _merge_results(file: Path, results: Sequence[BenchResult]) -> None:
+    """Write results.json: these results, and those of earlier calls about something else."""
+    fresh = [result_record(result) for result in results]
+    keys = ("subject", "bench", "protocol", "mode")
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        old = []
+    taken = {tuple(record[key] for key in keys) for record in fresh}
+    kept = [record for record in old if tuple(record.get(key) for key in keys) not in taken]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, [*kept, *fresh])
+
+
+def _model_hash(model: ModelConfig) -> str | None:
+    """Return a hash of the base's weight files for a folder or a built-in model; a hub model has its revision."""
+    from fedtune.models.hub import resolve_base
+
+    if model.base != BUILTIN_TINY and not Path(model.base).expanduser().is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(resolve_base(model).folder.glob("*.safetensors")):
+        digest.update(file_sha256(path).encode())
+    return digest.hexdigest()
+
+
+def _device() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+
+
+def _dtype_name(settings: EvalSettings) -> str:
+    import torch
+
+    from fedtune.models.base import compute_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(compute_dtype(settings.model, device)).removeprefix("torch.")

@@ -1,0 +1,98 @@
+"""The leaderboard's own arithmetic, step by step: one prompt at a time, greedy (protocol, section 4); finance in its
+padded batches of 32 (section 5). The reference that the fast path is held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fedtune.evaluation.answer import Reply, Request, stop_tokens
+from fedtune.evaluation.benchmarks.base import Question
+from fedtune.models.base import Base
+
+BATCH_SIZE = 16
+"""Rows in a batch of the leaderboard's scripts; the first row's answer sets how many new tokens all of them may have."""
+
+FINANCE_BATCH_SIZE = 32
+FINANCE_LENGTH = 512
+"""Most tokens of a finance prompt and its answer together."""
+
+
+def new_tokens(base: Base, questions: Sequence[Question], batch_size: int = BATCH_SIZE) -> list[int]:
+    """Return how many new tokens each question is allowed: the token count of the gold answer of its batch's first row.
+
+    Two rows with the same prompt get the later row's number, because the later row's output is stored for both.
+    """
+    golds = [question.gold for question in questions[::batch_size]]
+    counts = [len(ids) for ids in base.tokenizer(golds, add_special_tokens=False)["input_ids"]] if golds else []
+    last = {question.prompt: counts[place // batch_size] for place, question in enumerate(questions)}
+    return [last[question.prompt] for question in questions]
+
+
+@torch.inference_mode()
+def answer_one_by_one(base: Base, requests: Sequence[Request], pad_token: int) -> Iterator[list[Reply]]:
+    """Answer requests one at a time, in their order, through the model's own `generate`; yield each reply."""
+    for place, request in enumerate(requests):
+        ids = torch.tensor([request.tokens], device=base.device)
+        out = base.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad_token,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        best = out.logits[0][0].float().topk(2).values
+        text = base.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        yield [Reply(place, text, float(best[0] - best[1]))]
+
+
+@torch.inference_mode()
+def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
+    """Answer finance prompts in padded batches of 32, in their order; a reply is the whole decoded text's answer part.
+
+    A missing pad token, or one equal to EOS, becomes a new `[PAD]`, and the embeddings are resized, as in the reference.
+    """
+    tokenizer = base.tokenizer
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    stops = sorted(stop_tokens(base))
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "left"  # what is generated follows the last token of a row
+    try:
+        for start in range(0, len(prompts), FINANCE_BATCH_SIZE):
+            batch = tokenizer(
+                list(prompts[start : start + FINANCE_BATCH_SIZE]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=FINANCE_LENGTH,
+                return_token_type_ids=False,
+            ).to(base.device)
+            out = base.model.generate(
+                **batch,
+                max_length=FINANCE_LENGTH,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stops or None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            yield [Reply(start + row, answer_part(text), float("nan")) for row, text in enumerate(texts)]
+    finally:
+        tokenizer.padding_side = side
+
+
+def answer_part(text: str) -> str:
+    """Return what follows the first `Answer: ` of a decoded text, `None` where there is none (protocol, section 5)."""
+    parts = text.split("Answer: ")
+    return parts[1] if len(parts) > 1 else "None"

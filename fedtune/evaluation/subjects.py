@@ -1,0 +1,111 @@
+"""From the words on the command line to what is scored: adapters with names, and the base model under them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.budget.ledger import read_ledger
+from fedtune.config.schema import ModelConfig
+from fedtune.errors import MissingError, UsageError
+from fedtune.evaluation.evaluate import BASE, Subject
+from fedtune.runs.directory import RunDirectory, find_adapter
+from fedtune.units import to_mib
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is scored, on which base, and where results belong."""
+
+    subjects: tuple[Subject, ...]
+    model: ModelConfig
+    """The base as the evaluation holds it."""
+    folder: Path
+    """Where results go unless the user says otherwise."""
+
+
+def find_subjects(
+    adapters: Sequence[str], *, with_base: bool, model: str | None, quantization: str, runs: Path
+) -> Subjects:
+    """Find adapters and their base.
+
+    Args:
+        adapters: Paths, hub ids, or names of adapters of the latest run.
+        with_base: Also score the base alone, first.
+        model: The base; None takes the adapters' own.
+        quantization: How the base's weights are held.
+        runs: The folder of run directories.
+
+    Raises:
+        MissingError: an adapter is not there, or the adapters stand on different bases.
+        UsageError: neither an adapter nor a base is named.
+    """
+    if not adapters and not with_base:
+        raise UsageError("Nothing to score is named.", hint="Name an adapter, --peft peft_10, or the base, --base.")
+    folders = [_folder(name, runs) for name in adapters]
+    bases = {_base_of(folder)["base"]: _base_of(folder) for folder in folders}
+    if model is None and len(bases) > 1:
+        raise MissingError(
+            f"The adapters stand on different base models: {', '.join(sorted(bases))}.",
+            hint="Score them one by one, or name the base with --model.",
+        )
+    if model is None and not bases:
+        raise UsageError("--base needs to know which base model.", hint="Name it: --model MODEL")
+    settings: dict[str, Any] = {"base": model} if model is not None else next(iter(bases.values()))
+    config = ModelConfig(**{**settings, "quantization": quantization})
+    subjects = [Subject(BASE)] if with_base else []
+    subjects += [
+        Subject(name, folder, _used_mib(folder)) for name, folder in zip(_names(folders), folders, strict=True)
+    ]
+    owner = next((folder.parent for folder in folders if (folder.parent / "config.json").is_file()), None)
+    default = runs / "evaluations" / re.sub(r"[^\w.-]+", "-", config.base).strip("-")
+    return Subjects(tuple(subjects), config, owner / "benchmarks" if owner else default)
+
+
+def _folder(name: str, runs: Path) -> Path:
+    try:
+        return find_adapter(name, runs)
+    except MissingError:
+        if not _HUB_ID.fullmatch(name) or Path(name).exists():
+            raise
+    from fedtune.models.hub import fetch_adapter
+
+    return fetch_adapter(name)
+
+
+def _base_of(folder: Path) -> dict[str, Any]:
+    """Return the base of an adapter: its run's model settings, else what its adapter_config.json names."""
+    run = RunDirectory(folder.parent)
+    if run.config_file.is_file():
+        return {**run.read_config().model.model_dump(mode="json"), "compute_dtype": "auto", "dequantize": "auto"}
+    try:
+        table = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = table["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = table = None
+    if not base:
+        raise MissingError(f"The adapter {folder} does not say which base it stands on.", hint="Name it: --model MODEL")
+    return {"base": base, "revision": table.get("revision")}
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return short names that tell the adapters apart: the folder's, with its run's in front where two are alike."""
+    short = [folder.resolve().name for folder in folders]
+    return [
+        name if short.count(name) == 1 else f"{folder.resolve().parent.name}-{name}"
+        for name, folder in zip(short, folders, strict=True)
+    ]
+
+
+def _used_mib(folder: Path) -> float | None:
+    """Return the training messages, in MiB, that an adapter of a run has cost; None where no ledger tells."""
+    ledger, match = folder.parent / "ledger.jsonl", re.fullmatch(r"peft_(\d+)", folder.name)
+    if match is None or not ledger.is_file():
+        return None
+    return to_mib(sum(entry.bytes for entry in read_ledger(ledger) if entry.round <= int(match[1])))

@@ -1,0 +1,194 @@
+"""Finds the folder that a base model is loaded from: built in, on disk, in the hub's cache, or fetched into it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from fedtune.config.schema import BUILTIN_TINY, ModelConfig
+from fedtune.errors import MissingError
+
+ANSWER_S = 5.0
+"""Longest wait for each of connecting to the hub and its answer."""
+DEADLINE_S = 10.0
+"""Longest wait for both together, whatever the number of addresses the hub's name has."""
+WEIGHTS = ["*.safetensors"]
+OTHERS = ["*.json", "*.txt", "*.jinja", "tokenizer*"]
+IGNORED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.h5", "*.msgpack"]
+"""Other formats' copies of the same weights, and pickles."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """Where a base model lies, and which one it is."""
+
+    folder: Path
+    revision: str | None
+    """The commit on the hub; None for a local folder or a built-in model."""
+
+
+class _UnreachableError(Exception):
+    """The hub gave no usable answer; its text says why."""
+
+
+def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedBase:
+    """Return the folder of `config.base`, fetching what is needed and not yet cached.
+
+    Of a repository on the hub only safetensors, tokenizer and configuration files are fetched, at one commit; its
+    Python files only with `trust_remote_code`. `only_config` fetches no weights: enough to know the model's shapes.
+    Where the hub cannot be reached, a cached copy is used.
+
+    Raises:
+        MissingError: there is no such model, it may not be read, it has no safetensors, or the hub cannot be reached
+            and nothing is cached (within 15 s).
+    """
+    if config.base == BUILTIN_TINY:
+        return ResolvedBase(_checked(Path(__file__).parent / "builtin" / "tiny", config.base, only_config), None)
+    path = Path(config.base).expanduser()
+    if path.is_dir():
+        return ResolvedBase(_checked(path, config.base, only_config), None)
+    if config.base.startswith((".", "/", "~")) or config.base.count("/") > 1:
+        raise MissingError(
+            f"There is no folder {config.base}.", hint="Name a folder that exists or a model on the hub: owner/name."
+        )
+    if re.fullmatch(r"[0-9a-f]{40}", config.revision or "") and (cached := _cached(config, only_config)):
+        return cached
+    try:
+        commit = _ask_hub(config, only_config)
+    except _UnreachableError as error:
+        if cached := _cached(config, only_config):
+            return cached
+        raise MissingError(
+            f"The base model {config.base} is not cached, and {constants.ENDPOINT} cannot be reached ({error}).",
+            hint="Check the network, give a folder with `--set model.base=FOLDER`, or try `--challenge tiny`, "
+            "which needs no network.",
+        ) from None
+    try:
+        folder = _snapshot(config, commit, only_config)
+    except Exception as error:
+        raise MissingError(
+            f"Fetching {config.base} from {constants.ENDPOINT} broke off ({type(error).__name__}).",
+            hint="Run the same command again: what has been fetched is kept.",
+        ) from error
+    return ResolvedBase(_checked(Path(folder), config.base, only_config), commit)
+
+
+def _snapshot(config: ModelConfig, revision: str | None, only_config: bool, *, local: bool = False) -> str:
+    """Return the folder in the hub's cache, after fetching what it lacks unless `local`."""
+    code = ["*.py"] if config.trust_remote_code else []
+    patterns = ["config.json", *code] if only_config else WEIGHTS + OTHERS + code
+    return snapshot_download(
+        config.base, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED, local_files_only=local
+    )
+
+
+def _cached(config: ModelConfig, only_config: bool) -> ResolvedBase | None:
+    """Return the complete cached copy of `config.base` at its revision, None without one."""
+    try:
+        folder = Path(_snapshot(config, config.revision, only_config, local=True))
+        return ResolvedBase(_checked(folder, config.base, only_config), folder.name)
+    except (EntryNotFoundError, HFValidationError, MissingError):
+        return None
+
+
+def _ask_hub(config: ModelConfig, only_config: bool) -> str:
+    """Return the commit that `config` means on the hub, once it is known to hold what is needed."""
+    base, page = config.base, f"{constants.ENDPOINT}/{config.base}"
+    login = "Log in with `hf auth login`"
+    try:
+        info = _within(DEADLINE_S, lambda: HfApi().model_info(base, revision=config.revision, timeout=ANSWER_S))
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError
+        raise MissingError(
+            f"The base model {base} is gated: its owner must let you in.", hint=f"Ask at {page}, then: `hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise MissingError(
+            f"The base model {base} has no revision {config.revision}.", hint=f"See {page}/commits/main."
+        ) from None
+    except RepositoryNotFoundError:
+        raise MissingError(
+            f"There is no model {base} on {constants.ENDPOINT}, or it is private.",
+            hint=f"Check the name. {login} if it is private.",
+        ) from None
+    except HFValidationError:
+        raise MissingError(
+            f"{base!r} is neither a folder nor a model's name.", hint="A model on the hub is named owner/name."
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise MissingError(f"The hub refused access to {base} ({status}).", hint=f"{login}.") from None
+        if status == 404:
+            raise MissingError(f"There is no model {base} on {constants.ENDPOINT}.", hint="Check the name.") from None
+        raise _UnreachableError(f"it answered {status}") from None
+    except Exception as error:  # no network, a proxy, no hub behind the address: many libraries, one meaning
+        raise _UnreachableError(type(error).__name__) from None
+    names = {file.rfilename for file in info.siblings or ()}
+    _check_names(names, base, only_config)
+    if info.sha is None:
+        raise _UnreachableError("it named no commit")
+    return str(info.sha)
+
+
+def _checked(folder: Path, base: str, only_config: bool) -> Path:
+    """Return `folder` if a base model can be loaded from it."""
+    names = {path.name for path in folder.glob("*")}
+    _check_names(names, base, only_config)
+    index = folder / "model.safetensors.index.json"
+    if not only_config and "model.safetensors" not in names and index.exists():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if absent := sorted(shards - names):
+            raise MissingError(f"The base model {base} lacks {len(absent)} of its weight files, such as {absent[0]}.")
+    return folder
+
+
+def _check_names(names: set[str], base: str, only_config: bool) -> None:
+    """Check the file names of a model's top folder."""
+    # transformers would quietly load the adapter's own base, from wherever that says, and put the adapter on top.
+    if "adapter_config.json" in names:
+        raise MissingError(f"{base} is an adapter, not a base model.", hint="Name its base with `--set model.base=…`.")
+    if "config.json" not in names:
+        raise MissingError(f"The base model {base} has no config.json.", hint="Choose another model.base.")
+    if not only_config and not names & {"model.safetensors", "model.safetensors.index.json"}:
+        raise MissingError(
+            f"The base model {base} has no weights as safetensors; fedtune loads no pickles.",
+            hint="Choose another model.base, or a revision that has them.",
+        )
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """Return `function()` or raise TimeoutError; a thread that outlasts `seconds` is left behind, not waited for."""
+    outcome: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((function(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

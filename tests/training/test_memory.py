@@ -1,0 +1,49 @@
+"""How steps are cut into passes, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.training.memory import WORTHWHILE_TOKENS, Limits, cut
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
+
+
+def test_cut_by_hand() -> None:
+    assert list(cut([3, 4, 5, 9], 8, padded=False)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(cut([3, 4, 5, 9], 8, padded=True)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(cut([1, 1, 6, 1], 9, padded=False)) == [slice(0, 4)]
+    assert list(cut([1, 1, 6, 1], 9, padded=True)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+
+
+@given(LENGTHS, st.integers(1, 120), st.booleans())
+def test_every_row_is_in_one_pass_within_the_limit(lengths: list[int], limit: int, padded: bool) -> None:
+    runs = list(cut(lengths, limit, padded=padded))
+    assert [i for run in runs for i in range(len(lengths))[run]] == list(range(len(lengths)))
+    for run in runs:
+        sizes = lengths[run]
+        assert sizes
+        assert len(sizes) == 1 or (max(sizes) * len(sizes) if padded else sum(sizes)) <= limit
+
+
+@given(LENGTHS, st.booleans())
+def test_retreat_ends(lengths: list[int], may_checkpoint: bool) -> None:
+    limits = Limits(packs=True, tokens=2**31, checkpointing=False)
+    tries = 0
+    while limits.retreat(lengths, may_checkpoint=may_checkpoint):
+        tries += 1
+        assert tries < 20
+    assert limits.checkpointing is may_checkpoint
+    assert all(run.stop - run.start == 1 for run in cut(lengths, limits.tokens, padded=False))
+
+
+def test_passes_shrink_first_and_recompute_once_they_are_small() -> None:
+    limits = Limits(packs=True, tokens=2**31, checkpointing=False)
+    lengths = [512] * 16
+    seen = []
+    for _ in range(5):
+        assert limits.retreat(lengths, may_checkpoint=True)
+        seen.append((limits.tokens, limits.checkpointing))
+    assert WORTHWHILE_TOKENS == 2048
+    assert seen == [(4096, False), (2048, False), (2048, True), (1024, True), (512, True)]
