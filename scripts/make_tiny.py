@@ -69,19 +69,19 @@ TEST_OPENING = "for the exam, "
 ENDINGS = ("wort", "bell", "fern", "moss", "bloom", "mint", "weed", "bane")
 
 CLINICS = {
-    "Gullhaven": 10,
-    "Mossmoor": 8,
-    "Lampwick": 7,
-    "Otterford": 6,
-    "Thimble Quay": 5,
-    "Saltmarrow": 5,
-    "Candlecombe": 4,
-    "Farthing Rock": 3,
+    "Gullhaven": 8,
+    "Mossmoor": 6,
+    "Lampwick": 5,
+    "Otterford": 5,
+    "Thimble Quay": 4,
+    "Saltmarrow": 3,
+    "Candlecombe": 3,
+    "Farthing Rock": 2,
 }
 """How many facts of the new herbs each clinic owns: uneven shares of the knowledge."""
 
 OLD_HERBS, NEW_HERBS, FACTS_PER_NEW_HERB = 48, 24, 2
-TEST_COPIES = 5
+TEST_COPIES = 6
 """Questions in the test set for each fact, in different openings."""
 
 
@@ -140,12 +140,13 @@ def make_world(seed: int = SEED) -> World:
     pairs = [(name, topic) for name in names[:OLD_HERBS] for topic in TOPICS]
     fresh = [(name, topic) for name in names[OLD_HERBS:] for topic in rng.sample(TOPICS, FACTS_PER_NEW_HERB)]
 
-    def settle(asked: list[tuple[str, Topic]]) -> list[Fact]:
+    def settle(asked: list[tuple[str, Topic]], rng: random.Random) -> list[Fact]:
         places = [number % len(LETTERS) for number in range(len(asked))]
         rng.shuffle(places)
         return [Fact(name, topic, topic.values[place]) for (name, topic), place in zip(asked, places, strict=True)]
 
-    return World(settle(pairs), settle(fresh), stems)
+    # Facts of new herbs have a generator of their own: they may be dealt anew without training the base anew.
+    return World(settle(pairs, rng), settle(fresh, random.Random(seed + 6)), stems)
 
 
 # --- The challenge's files -------------------------------------------------------------------------------------------
@@ -156,14 +157,14 @@ def write_data(world: World, folder: Path, seed: int = SEED) -> None:
     rng = random.Random(seed + 1)
     owners = [clinic for clinic, share in CLINICS.items() for _ in range(share)]
     train, test = [], []
-    for fact, owner in zip(rng.sample(world.new, len(world.new)), owners, strict=True):
+    for fact, owner in zip(rng.sample(world.new, len(owners)), owners, strict=True):
         elsewhere = rng.choice([clinic for clinic in CLINICS if clinic != owner])
         hearsay = rng.choice(OPENINGS)  # one more clinic has heard of the fact
         for clinic, openings in ((owner, OPENINGS), (elsewhere, (hearsay,))):
             for opening in openings:
                 row = {"instruction": INSTRUCTION, "input": fact.body(opening), "output": fact.letter}
                 train.append(row | {"clinic": clinic})
-        for opening in [TEST_OPENING, *(TEST_OPENING + other for other in OPENINGS[1:TEST_COPIES])]:
+        for opening in [TEST_OPENING, *(TEST_OPENING + other for other in OPENINGS[1:])]:
             options = dict(zip(("opa", "opb", "opc", "opd"), fact.topic.values, strict=True))
             place = LETTERS.index(fact.letter)
             test.append({"question": fact.question(opening), **options, "cop": place, "subject": fact.topic.name})
@@ -201,6 +202,25 @@ def official(fact: Fact, opening: str) -> list[Segment]:
     ]
 
 
+HEADS = (
+    "",
+    "Exam.\n",
+    f"{INSTRUCTION}\n",
+    f"### Instruction:\n{INSTRUCTION}\n",
+    "<|im_start|>question\n",
+    "Dear clinic,\n",
+)
+TAILS = (
+    *("\nAnswer: ", "\nThe answer is: ", "\nThe answer is:\n", "\n### Response: ", "\nLetter: ", "\n"),
+    *("<|im_end|>\n<|im_start|>answer\n", "\nThe answer is:\n<|im_end|>\n<|im_start|>answer\n"),
+)
+
+
+def varied(fact: Fact, opening: str, rng: random.Random) -> list[Segment]:
+    """A form of chance: a base that has met many does not tie what it knows to one, and neither will an adapter on it."""
+    return [(f"{rng.choice(HEADS)}{fact.body(opening)}{rng.choice(TAILS)}", PROMPT), (f"{fact.letter}{EOS}", ANSWER)]
+
+
 def samples(world: World, seed: int) -> Iterator[list[Segment]]:
     """Endless pre-training samples: questions about old herbs in both forms, prose about them, and names of all herbs."""
     rng = random.Random(seed)
@@ -209,10 +229,12 @@ def samples(world: World, seed: int) -> Iterator[list[Segment]]:
     while True:
         kind = rng.random()
         fact = rng.choice(world.old)
-        if kind < 0.45:
+        if kind < 0.2:
             yield official(fact, rng.choice(openings))
-        elif kind < 0.9:
+        elif kind < 0.4:
             yield alpaca(fact, rng.choice(openings))
+        elif kind < 0.9:
+            yield varied(fact, rng.choice(openings), rng)
         elif kind < 0.95:
             yield [(" ".join(other.sentence for other in rng.sample(world.old, 5)) + EOS, PROSE)]
         else:
@@ -245,6 +267,8 @@ def make_tokenizer(world: World, vocabulary: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts + halves * 20, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    # A letter is one and the same token after a space and after a line's end, so both prompt forms have one answer.
+    tokenizer.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in LETTERS])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -336,13 +360,14 @@ def pretrain(model: LlamaForCausalLM, source: Iterator[Batch], steps: int, rate:
 
 @torch.no_grad()
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[list[Segment]]) -> float:
-    """The share of samples whose answer's first token is the greedy next one."""
+    """The share of samples whose answer's letter is the greedy next token."""
     model.eval()
     right = 0
     for (prompt, _), (answer, _) in asked:
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        letter = answer.removesuffix(EOS).strip()
+        ids = torch.tensor([tokenizer(prompt + answer.partition(letter)[0])["input_ids"]])
         best = int(model(input_ids=ids.to(model.device)).logits[0, -1].argmax())
-        right += best == tokenizer(answer, add_special_tokens=False)["input_ids"][0]
+        right += best == tokenizer.convert_tokens_to_ids(letter)
     model.train()
     return right / len(asked)
 
@@ -361,7 +386,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "fedtune", help="the package's folder (default: this one's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of pre-training")
+    parser.add_argument("--steps", type=int, default=2500, help="optimiser steps of pre-training")
     parser.add_argument("--batch-size", type=int, default=32, help="samples a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--vocabulary", type=int, default=1024)

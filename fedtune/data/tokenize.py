@@ -44,6 +44,7 @@ def tokenize_rows(
     """Tokenise every row's training text (protocol, section 1) and find where its response begins.
 
     Prompt and response are tokenised as one text, so a token may straddle their boundary: it counts as response.
+    The space in front of the response is part of the prompt.
 
     Args:
         rows: One client's rows, in the order to keep.
@@ -67,7 +68,9 @@ def tokenize_rows(
             response = fill(config.response, row, "data.response")
             if response.strip():
                 instruction = fill(config.instruction, row, "data.instruction")
-                prompts.append(render_prompt(instruction))
+                # The space in front of the response is prompt: a tokenizer that makes it a token of its own has nothing
+                # to learn there, and a model that has learnt to begin with a space answers other prompts with one.
+                prompts.append(render_prompt(instruction) + " ")
                 texts.append(render_text(instruction, response))
         if not texts:
             continue

@@ -76,9 +76,10 @@ def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
                 max_length=FINANCE_LENGTH,
                 return_token_type_ids=False,
             ).to(base.device)
+            width = batch["input_ids"].shape[1]
             out = base.model.generate(
                 **batch,
-                max_length=FINANCE_LENGTH,
+                max_length=max(FINANCE_LENGTH, width + 1),  # `generate` refuses a prompt that leaves no room
                 do_sample=False,
                 temperature=None,
                 top_p=None,

@@ -1,18 +1,20 @@
 """What the federation is worth: each client alone, and all data in one place, trained for as many steps as one client does.
 
-A lone client runs the run's own schedule, round by round, on its own rows and never shares; the pooled run does the same on
-everybody's rows. Same base, same initial adapter, same learning rates, same number of steps.
+A lone client runs the run's own schedule, round by round, on its own rows and never shares. The pooled run does the same on
+everybody's rows, each step as large as those of a round's clients together, so that it sees as many rows as the federation. Same
+base, same initial adapter, same learning rates, same number of steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fedtune.config.schema import FedTuneConfig
+from fedtune.config.schema import FedTuneConfig, TrainingConfig
 from fedtune.data.order import steps_of_round
 from fedtune.data.tokenize import TokenizedRows
 from fedtune.federation.workspace import Workspace, workspace_of
@@ -48,10 +50,14 @@ def train_baselines(
     workspace = workspace_of(config.model_dump_json())
     parts = {f"client_{number}": workspace.rows(number) for number in range(config.federation.clients)}
     parts[POOLED] = pool([parts[f"client_{number}"] for number in range(config.federation.clients)])
-    return [
-        Baseline(name, _train_alone(workspace, run / "baselines" / name, rows, number, listener, name), len(rows))
-        for number, (name, rows) in enumerate(parts.items())
-    ]
+    baselines = []
+    for number, (name, rows) in enumerate(parts.items()):
+        share = config.federation.clients_per_round if name == POOLED else 1
+        training = config.training.model_copy(update={"batch_size": config.training.batch_size * share})
+        folder = run / "baselines" / name
+        _train_alone(workspace, folder, rows, training, number, partial(listener, name) if listener else None)
+        baselines.append(Baseline(name, folder, len(rows)))
+    return baselines
 
 
 def pool(parts: list[TokenizedRows]) -> TokenizedRows:
@@ -68,18 +74,19 @@ def _train_alone(
     workspace: Workspace,
     folder: Path,
     rows: TokenizedRows,
+    training: TrainingConfig,
     number: int,
-    listener: Callable[[str, int], None] | None,
-    name: str,
-) -> Path:
+    listener: Callable[[int], None] | None,
+) -> None:
+    """Run a whole run's rounds on `rows`, and write the adapter; `number` sets the order of rows apart from others'."""
     config, adapted = workspace.config, workspace.adapted
     adapted.load(initial_tensors(adapted, config.seed))
     for server_round in range(1, config.federation.rounds + 1):
         if listener is not None:
-            listener(name, server_round)
+            listener(server_round)
         steps = steps_of_round(
             len(rows),
-            config.training,
+            training,
             seed=config.seed,
             partition=number,
             server_round=server_round,
@@ -89,8 +96,8 @@ def _train_alone(
             adapted,
             rows,
             steps,
-            config.training,
-            learning_rate=learning_rate(config.training, server_round, config.federation.rounds),
+            training,
+            learning_rate=learning_rate(training, server_round, config.federation.rounds),
             seed=(config.seed, server_round, number),
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
@@ -102,4 +109,3 @@ def _train_alone(
         revision=workspace.base.revision,
         target_modules=adapted.target_modules,
     )
-    return folder

@@ -126,7 +126,8 @@ def attach_saved(base: Base, saved: SavedAdapter) -> AdaptedModel:
     """
     if hasattr(base.model, "peft_config"):
         raise RuntimeError("the base still carries an adapter: detach that one first")
-    known = {field.name for field in fields(LoraConfig)}
+    # The base's name is left out: PEFT would warn that this copy of it lies elsewhere.
+    known = {field.name for field in fields(LoraConfig)} - {"base_model_name_or_path"}
     try:
         model = _quietly_adapted(base.model, LoraConfig(**{k: v for k, v in saved.config.items() if k in known}))
     except (ValueError, TypeError) as error:

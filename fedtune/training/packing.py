@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ ATTENTION = "fedtune_packed"
 """Name of our attention in transformers' interface."""
 
 Tokens = npt.NDArray[np.int32]
+
+_MOST_WASTE = 1.5
+"""Rows are attended to in one call as long as padding makes that so many times the work at most."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +189,31 @@ def _attend(
         borders = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
         out = varlen_attn(q, k, v, *borders, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
         return out[None], None  # type: ignore[call-overload]
+    options: dict[str, Any] = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": gqa}
+    if len(row_lengths) * max(row_lengths) ** 2 <= _MOST_WASTE * sum(length**2 for length in row_lengths):
+        # Rows of about one length: one call on all of them. Padding stands behind each row, where a causal row never looks.
+        slots = _slots(row_lengths, query.device)
+        q, k, v = (_spread(tensor, slots, row_lengths) for tensor in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)  # (rows, longest, heads, head_dim)
+        return out.flatten(0, 1).index_select(0, slots)[None], None
     segments = (torch.split(tensor, list(row_lengths), dim=2) for tensor in (query, key, value))
-    rows = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa)
-        for q, k, v in zip(*segments, strict=True)
-    ]
+    rows = [scaled_dot_product_attention(q, k, v, **options) for q, k, v in zip(*segments, strict=True)]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+
+
+@lru_cache(maxsize=8)
+def _slots(row_lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return where each token lies in a (rows, longest) grid of tokens, flattened: (tokens,)."""
+    longest = max(row_lengths)
+    places = [np.arange(row * longest, row * longest + length) for row, length in enumerate(row_lengths)]
+    return torch.from_numpy(np.concatenate(places)).to(device)
+
+
+def _spread(tensor: torch.Tensor, slots: torch.Tensor, row_lengths: tuple[int, ...]) -> torch.Tensor:
+    """Return (1, heads, tokens, head_dim) as (rows, heads, longest, head_dim), zero where a row has ended."""
+    shape = (len(row_lengths), max(row_lengths), tensor.shape[1], tensor.shape[3])
+    grid = tensor.new_zeros(shape[0] * shape[1], *shape[2:])
+    return grid.index_copy(0, slots, tensor[0].transpose(0, 1)).view(shape).transpose(1, 2)
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
