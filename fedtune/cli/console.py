@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.console import Console
 
 from fedtune.errors import FedTuneError
 
-stdout = Console()
-stderr = Console(stderr=True)
+
+def _console(stream: TextIO, *, to_stderr: bool) -> Console:
+    # In a file or a pipe nobody's window is narrow.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 120
+    return Console(stderr=to_stderr, width=width)
+
+
+stdout = _console(sys.stdout, to_stderr=False)
+stderr = _console(sys.stderr, to_stderr=True)
 
 INTERRUPTED = 130
 

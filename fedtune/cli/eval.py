@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @guarded
 def evaluate(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files for --rescore.")] = None,
     bench: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,7 +72,6 @@ def evaluate(
         list[Path] | None,
         typer.Option("--rescore", metavar="FILE", help="Score existing generations, without a model; may be repeated."),
     ] = None,
-    set_: options.Set = None,
     runs: Annotated[
         Path,
         typer.Option("--runs", metavar="DIR", show_default=False, help="The folder that holds the run directories."),
@@ -90,8 +90,10 @@ def evaluate(
     from fedtune.errors import UsageError
 
     if rescore:
-        _rescore(rescore, json)
+        _rescore([*rescore, *(files or [])], json)
         return
+    if files:
+        raise UsageError(f"{files[0]} stands alone.", hint="Adapters follow --peft, generation files --rescore.")
     if not bench:
         raise UsageError("No benchmark is named.", hint="Example: fedtune eval --bench medmcqa --peft peft_10")
     for name, value, known in (
@@ -107,7 +109,7 @@ def evaluate(
     from fedtune.cli.progress import EvalProgress
     from fedtune.evaluation.benchmarks.find import parse_bench
     from fedtune.evaluation.evaluate import EvalSettings
-    from fedtune.evaluation.evaluate import evaluate as score
+    from fedtune.evaluation.evaluate import evaluate as evaluate_flowertune
     from fedtune.evaluation.subjects import find_subjects
 
     selections = tuple(selection for text in bench for selection in parse_bench(text))
@@ -124,8 +126,11 @@ def evaluate(
         limit=limit,
         verify=verify,
     )
+    score = evaluate_flowertune
     if protocol == "lm-eval":
-        from fedtune.evaluation.harness import evaluate_with_harness as score
+        from fedtune.evaluation.harness import evaluate_with_harness
+
+        score = evaluate_with_harness
     progress = EvalProgress(quiet=json)
     try:
         with progress.shown():
@@ -147,14 +152,13 @@ def _show(result: EvalResult) -> None:
     for bench in dict.fromkeys(each.bench for each in result.results):
         rows = [each for each in result.results if each.bench == bench]
         first = rows[0]
-        table = Table(title=f"{bench} · {first.protocol} · {first.mode}", title_justify="left")
+        kind = first.mode if first.protocol == "flowertune" else "log-likelihood, not comparable with the leaderboard"
+        table = Table(title=f"{bench} · {first.protocol} · {kind}", title_justify="left")
         for heading in ("subject", "accuracy", "95 % interval", "n", "unparsed", "against base", "MiB", "questions/s"):
             table.add_column(heading, justify="left" if heading == "subject" else "right")
         for row in rows:
             table.add_row(*_cells(row))
         stdout.print(table)
-        if first.protocol == "lm-eval":
-            stdout.print("log-likelihood, not comparable with the leaderboard")
         for text in dict.fromkeys([first.partial and f"partial: {first.partial}", *first.findings]):
             if text:
                 warn(f"{bench}: {text}")

@@ -189,10 +189,27 @@ def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalRe
     for subject in settings.subjects:
         for questions in sets:
             results.append(_score_one(bench, settings, subject, questions, listener))
-    results = _with_base(results)
+    return finish(settings, results)
+
+
+def finish(settings: EvalSettings, results: Sequence[BenchResult]) -> EvalResult:
+    """Add the tests against the base, and write results.json."""
+    tested = _with_base(results)
     file = settings.out / "results.json"
-    _merge_results(file, results)
-    return EvalResult(tuple(results), file)
+    _merge_results(file, tested)
+    return EvalResult(tuple(tested), file)
+
+
+def identity(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
+    """Return what says which weights were computed with, in which arithmetic."""
+    return {
+        "model": settings.model.model_dump(mode="json"),
+        "model_sha256": _model_hash(settings.model),
+        "adapter_sha256": None if subject.folder is None else file_sha256(subject.folder / "adapter_model.safetensors"),
+        "device": _device(),
+        "compute_dtype": _dtype_name(settings),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
 
 
 def _score_one(
@@ -205,12 +222,7 @@ def _score_one(
         "mode": settings.mode,
         "batch_size": settings.batch_size,
         "prompts_sha256": questions.sha256,
-        "model": settings.model.model_dump(mode="json"),
-        "model_sha256": _model_hash(settings.model),
-        "adapter_sha256": None if subject.folder is None else file_sha256(subject.folder / "adapter_model.safetensors"),
-        "device": _device(),
-        "compute_dtype": _dtype_name(settings),
-        "versions": {name: version(name) for name in _PACKAGES},
+        **identity(settings, subject),
     }
     name = "_".join(filter(None, (selection.benchmark.name, selection.category, subject.name, settings.mode)))
     journal = open_journal(settings.out / "answers" / f"{name}.jsonl", details)

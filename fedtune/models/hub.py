@@ -72,7 +72,7 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
     if re.fullmatch(r"[0-9a-f]{40}", config.revision or "") and (cached := _cached(config, only_config)):
         return cached
     try:
-        commit = _ask_hub(config, only_config)
+        commit, names = _ask_hub(config.base, config.revision, "base model")
     except _UnreachableError as error:
         if cached := _cached(config, only_config):
             return cached
@@ -81,6 +81,7 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
             hint="Check the network, give a folder with `--set model.base=FOLDER`, or try `--challenge tiny`, "
             "which needs no network.",
         ) from None
+    _check_names(names, config.base, only_config)
     try:
         folder = _snapshot(config, commit, only_config)
     except Exception as error:
@@ -109,20 +110,50 @@ def _cached(config: ModelConfig, only_config: bool) -> ResolvedBase | None:
         return None
 
 
-def _ask_hub(config: ModelConfig, only_config: bool) -> str:
-    """Return the commit that `config` means on the hub, once it is known to hold what is needed."""
-    base, page = config.base, f"{constants.ENDPOINT}/{config.base}"
+def fetch_adapter(name: str) -> Path:
+    """Return the folder of an adapter on the hub, fetching its two files if they are not cached.
+
+    Raises:
+        MissingError: there is no such adapter, it may not be read, its weights are no safetensors, or the hub cannot be
+            reached and nothing is cached.
+    """
+    patterns = ["adapter_config.json", "adapter_model.safetensors"]
+    try:
+        commit, names = _ask_hub(name, None, "adapter")
+    except _UnreachableError as error:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except (EntryNotFoundError, HFValidationError):
+            raise MissingError(
+                f"The adapter {name} is neither a folder nor cached, and {constants.ENDPOINT} cannot be reached ({error}).",
+                hint="Check the network, or name a folder.",
+            ) from None
+    if absent := set(patterns) - names:
+        raise MissingError(
+            f"The repository {name} has no {', '.join(sorted(absent))}; fedtune reads adapters as safetensors.",
+            hint="Name a repository that holds a PEFT adapter.",
+        )
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+    except Exception as error:
+        raise MissingError(
+            f"Fetching {name} from {constants.ENDPOINT} broke off ({type(error).__name__}).",
+            hint="Run the same command again: what has been fetched is kept.",
+        ) from error
+
+
+def _ask_hub(base: str, revision: str | None, kind: str) -> tuple[str, set[str]]:
+    """Return the commit that a repository's revision means on the hub, and the names of its files."""
+    page = f"{constants.ENDPOINT}/{base}"
     login = "Log in with `hf auth login`"
     try:
-        info = _within(DEADLINE_S, lambda: HfApi().model_info(base, revision=config.revision, timeout=ANSWER_S))
+        info = _within(DEADLINE_S, lambda: HfApi().model_info(base, revision=revision, timeout=ANSWER_S))
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         raise MissingError(
-            f"The base model {base} is gated: its owner must let you in.", hint=f"Ask at {page}, then: `hf auth login`."
+            f"The {kind} {base} is gated: its owner must let you in.", hint=f"Ask at {page}, then: `hf auth login`."
         ) from None
     except RevisionNotFoundError:
-        raise MissingError(
-            f"The base model {base} has no revision {config.revision}.", hint=f"See {page}/commits/main."
-        ) from None
+        raise MissingError(f"The {kind} {base} has no revision {revision}.", hint=f"See {page}/commits/main.") from None
     except RepositoryNotFoundError:
         raise MissingError(
             f"There is no model {base} on {constants.ENDPOINT}, or it is private.",
@@ -141,11 +172,9 @@ def _ask_hub(config: ModelConfig, only_config: bool) -> str:
         raise _UnreachableError(f"it answered {status}") from None
     except Exception as error:  # no network, a proxy, no hub behind the address: many libraries, one meaning
         raise _UnreachableError(type(error).__name__) from None
-    names = {file.rfilename for file in info.siblings or ()}
-    _check_names(names, base, only_config)
     if info.sha is None:
         raise _UnreachableError("it named no commit")
-    return str(info.sha)
+    return str(info.sha), {file.rfilename for file in info.siblings or ()}
 
 
 def _checked(folder: Path, base: str, only_config: bool) -> Path:
