@@ -12,6 +12,7 @@ from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.models.adapter import initial_tensors
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
+from fedtune.runs.report import write_report
 
 app = ServerApp()
 
@@ -21,10 +22,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that the context's run config describes, in the run directory that it names or in a new one."""
     workspace = workspace_of(config_json_of(context))
     config = workspace.config
-    if name := str(context.run_config.get("run-dir", "")):
-        run = RunDirectory(Path(name))
-    else:
-        run = create_run(RUNS, config)
+    name = str(context.run_config.get("run-dir", ""))
+    run = RunDirectory(Path(name)) if name else create_run(RUNS, config)
+    if not name:  # started by `flwr run`: train() did not prepare the directory, and will not close it
         write_json(run.config_file, config.model_dump(mode="json"))
     adapted = workspace.adapted
     Rounds(
@@ -35,3 +35,5 @@ def main(grid: Grid, context: Context) -> None:
         target_modules=adapted.target_modules,
         revision=workspace.base.revision,
     ).go()
+    if not name:
+        write_report(run)

@@ -1,0 +1,166 @@
+"""The run directory: whole files or none, states that prove themselves, runs and adapters found by name."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.config.load import load_config
+from fedtune.errors import MissingError, UsageError
+from fedtune.runs.atomic import read_json_lines, remove_leftovers, write_folder, write_json, write_text
+from fedtune.runs.directory import (
+    RunDirectory,
+    append_line,
+    create_run,
+    cut_to,
+    find_adapter,
+    find_run,
+    is_intact,
+)
+from fedtune.runs.report import write_report
+
+
+def test_a_writer_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "peft_1"
+    write_folder(folder, lambda path: (path / "a").write_text("old") and None)
+
+    def fail(path: Path) -> None:
+        (path / "a").write_text("new")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_folder(folder, fail)
+    assert (folder / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["peft_1"]
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["peft_1"]
+    write_folder(folder, lambda path: (path / "b").write_text("new") and None)
+    assert [path.name for path in folder.iterdir()] == ["b"]
+
+
+def test_text_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(st.lists(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.none()), max_size=3), max_size=5))
+def test_json_lines_survive_any_cut(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, object]]) -> None:
+    """Property: whatever byte a kill cuts the file at, the whole lines before it are read, and nothing else."""
+    path = tmp_path_factory.mktemp("lines") / "file.jsonl"
+    path.touch()
+    for record in records:
+        append_line(path, record)
+    assert read_json_lines(path) == records
+    data = path.read_bytes()
+    for cut in range(0, len(data), max(1, len(data) // 7)):
+        path.write_bytes(data[:cut])
+        assert read_json_lines(path) == records[: data[:cut].count(b"\n")]
+
+
+def test_a_damaged_line_is_no_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_json_lines(path)
+
+
+def test_states_are_verified_and_two_are_kept(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.last_state() is None
+    for number in (1, 2, 3):
+        run.commit_state(number, lambda path, number=number: (path / "x").write_text(str(number)) and None)
+    assert sorted(path.name for path in run.state_folder.iterdir()) == ["round-0002", "round-0003"]
+    last = run.last_state()
+    assert last is not None
+    assert is_intact(last)
+    assert json.loads((last / "manifest.json").read_text()).keys() == {"x"}
+    (last / "x").write_text("4")
+    assert run.last_state() == run.state_folder / "round-0002"
+    (run.state_folder / "round-0002" / "manifest.json").unlink()
+    with pytest.raises(MissingError, match="damaged"):
+        run.last_state()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with run.lock(), pytest.raises(UsageError, match="Another process"), run.lock():
+        pass
+    with run.lock():
+        pass
+
+
+def test_runs_are_found(tmp_path: Path) -> None:
+    config = load_config(challenge="tiny").config
+    with pytest.raises(MissingError, match="no run in"):
+        find_run(None, tmp_path / "runs")
+    runs = [create_run(tmp_path / "runs", config) for _ in range(3)]
+    assert len({run.path for run in runs}) == 3  # in the same second
+    for age, run in enumerate(runs):
+        write_json(run.config_file, config.model_dump(mode="json"))
+        stamp = time.time() - 100 + age
+        os.utime(run.config_file, (stamp, stamp))
+    assert find_run(None, tmp_path / "runs") == runs[-1]
+    assert find_run(runs[0].path.name, tmp_path / "runs") == runs[0]
+    assert find_run(str(runs[1].path), tmp_path / "elsewhere") == runs[1]
+    with pytest.raises(MissingError, match="no run 'nowhere'"):
+        find_run("nowhere", tmp_path / "runs")
+    assert runs[0].read_config() == config
+    with pytest.raises(MissingError, match="no run directory"):
+        RunDirectory(tmp_path).read_config()
+
+
+def test_adapters_are_found_by_path_or_in_the_latest_run(tmp_path: Path) -> None:
+    config = load_config(challenge="tiny").config
+    for number, name in enumerate(("a", "b")):
+        run = RunDirectory(tmp_path / name)
+        for peft in ("peft_5",) if name == "b" else ("peft_5", "peft_10"):
+            (run.path / peft).mkdir(parents=True)
+            (run.path / peft / "adapter_config.json").write_text("{}")
+        write_json(run.config_file, config.model_dump(mode="json"))
+        os.utime(run.config_file, (number, number))
+    assert find_adapter("peft_5", tmp_path) == tmp_path / "b" / "peft_5"
+    assert find_adapter("peft_10", tmp_path) == tmp_path / "a" / "peft_10"
+    assert find_adapter(str(tmp_path / "a" / "peft_5"), tmp_path) == tmp_path / "a" / "peft_5"
+    assert RunDirectory(tmp_path / "a").adapters() == [5, 10]
+    with pytest.raises(MissingError, match="no adapter 'peft_7'"):
+        find_adapter("peft_7", tmp_path)
+
+
+def test_cutting_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    cut_to(path, 5)
+    path.write_text("123456789")
+    cut_to(path, 5)
+    assert path.read_text() == "12345"
+    cut_to(path, 50)
+    assert path.read_text() == "12345"
+
+
+def test_the_report_takes_a_run_at_any_stage_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    config = load_config(
+        challenge="medical", flags={"data.source": ("--data", "<script>alert(1)</script>.jsonl")}
+    ).config
+    write_json(run.config_file, config.model_dump(mode="json"))
+    write_report(run)  # nothing has happened yet
+    assert "Nothing to draw yet" in run.report_file.read_text()
+    write_json(run.about_file, {"eligible": False, "ineligible_because": ["data.source is <b>mine</b>"]})
+    line = {"partition": 3, "status": "ok", "learning_rate": 1e-3, "num_examples": 4}
+    append_line(run.metrics_file, {"round": 1, "train_loss": 2.0, **line})
+    append_line(run.metrics_file, {"round": 2, "train_loss": 1.0, **line})
+    append_line(run.metrics_file, {**line, "round": 2, "partition": 4, "status": "refused", "reason": "nan"})
+    append_line(run.ledger_file, {"round": 1, "bytes": 2**20, "node": 3, "direction": "up", "kind": "train"})
+    write_report(run)
+    text = run.report_file.read_text()
+    assert "<script>alert" not in text
+    assert "data.source is &lt;b&gt;" in text
+    assert "Not eligible" in text
+    assert "1.00 MiB of 200,000 MiB used" in text
+    assert text.count("<polyline") == 4  # client 3, the mean, the learning rate, the bytes
