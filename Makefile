@@ -20,6 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/fedtune train --challenge tiny
+	$(BIN)/fedtune eval --bench tiny --peft peft_16 --base
 
 test: check
 	$(BIN)/python -m pytest

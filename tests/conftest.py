@@ -1,5 +1,11 @@
 """What all tests share: a clean environment, real data where it is there, small models of our own."""
 
+import os
+
+# The models here are small: on a machine that others use too, a second thread mostly waits. Set before torch is imported;
+# processes that tests start inherit it, so that all of them add up in the same order.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 
