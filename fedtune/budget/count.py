@@ -9,17 +9,42 @@ forecast can use the same arithmetic as the ledger.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flwr.app import Array, ArrayRecord, Message
+    from flwr.app import ArrayRecord, Message
     from flwr.app.metadata import Metadata
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 _OBJECT_ID_LENGTH = 64
 """Flower names each serialised object by the sha256 of its content, in hex."""
+_CHUNK_BYTES = int(os.getenv("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", "5242880"))
+"""Flower cuts arrays into objects of so many bytes. Stated here, as importing Flower costs half a second; a test compares."""
+
+
+@dataclass(frozen=True)
+class WireFormat:
+    """How one wire dtype is written down."""
+
+    name: str
+    """`Array.dtype`."""
+    stype: str
+    """`Array.stype`."""
+    npy: str
+    """numpy's name of the elements behind the npy header."""
+
+
+WIRE_FORMATS = {
+    "float32": WireFormat("float32", "numpy.ndarray", "<f4"),
+    "fp16": WireFormat("float16", "numpy.ndarray", "<f2"),
+    "bf16": WireFormat("bfloat16", "fedtune.bfloat16", "<u2"),
+}
 
 
 @cache
@@ -43,7 +68,7 @@ def array_bytes(shape: tuple[int, ...], npy_dtype: str) -> int:
     return len(npy_header(npy_dtype, shape)) + prod(shape) * np.dtype(npy_dtype).itemsize
 
 
-def adapter_bytes(shapes: Mapping[str, tuple[int, ...]], npy_dtype: str = "float32") -> int:
+def adapter_bytes(shapes: Shapes, npy_dtype: str = "float32") -> int:
     """Return the leaderboard's count of one message that carries an adapter of `shapes` (names to shapes)."""
     return sum(len(key) + array_bytes(shape, npy_dtype) for key, shape in shapes.items())
 
@@ -61,9 +86,7 @@ def serialised_bytes(message: Message) -> int:
     records = 0
     for record in message.content.values():
         records += _array_record_bytes(record) if isinstance(record, ArrayRecord) else len(record.deflate())
-    names = json.dumps(dict.fromkeys(message.content, "0" * _OBJECT_ID_LENGTH))
-    records += _object_bytes("RecordDict", len(message.content), len(names.encode()))
-    return records + _message_bytes(message.metadata)
+    return records + record_dict_bytes("RecordDict", list(message.content)) + _message_bytes(message.metadata)
 
 
 def _message_bytes(metadata: Metadata) -> int:
@@ -72,34 +95,34 @@ def _message_bytes(metadata: Metadata) -> int:
 
     proto = metadata_to_proto(metadata)
     proto.message_id = ""  # as Message.deflate leaves it out
-    return _object_bytes("Message", 1, len(ProtoMessage(metadata=proto).SerializeToString(deterministic=True)))
+    return object_bytes("Message", 1, len(ProtoMessage(metadata=proto).SerializeToString(deterministic=True)))
 
 
 def _array_record_bytes(record: ArrayRecord) -> int:
-    names = json.dumps(dict.fromkeys(record, "0" * _OBJECT_ID_LENGTH))
-    return _object_bytes("ArrayRecord", len(record), len(names.encode())) + sum(map(_flwr_array_bytes, record.values()))
+    sizes = [_flwr_array_bytes(len(one.data), one.dtype, one.shape, one.stype) for one in record.values()]
+    return record_dict_bytes("ArrayRecord", list(record)) + sum(sizes)
 
 
-def _flwr_array_bytes(array: Array) -> int:
-    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
-
-    sizes = [min(CHUNK, len(array.data) - start) for start in range(0, len(array.data), CHUNK)]
-    chunks = sum(_object_bytes("ArrayChunk", 0, size) for size in sizes)
-    body = json.dumps(
-        {
-            "dtype": array.dtype,
-            "shape": array.shape,
-            "stype": array.stype,
-            "arraychunk_ids": list(range(len(sizes))),
-        }
-    )
-    return chunks + _object_bytes("Array", len(sizes), len(body.encode()))
+def adapter_record_bytes(shapes: Shapes, form: WireFormat) -> int:
+    """Return the length of everything that Flower serialises for an ArrayRecord with an adapter of `shapes`."""
+    sizes = [_flwr_array_bytes(array_bytes(shape, form.npy), form.name, shape, form.stype) for shape in shapes.values()]
+    return record_dict_bytes("ArrayRecord", list(shapes)) + sum(sizes)
 
 
-def _object_bytes(kind: str, children: int, body: int) -> int:
-    """Length of a deflated object: "Kind", children's ids and body length divided by a sign, a divider, the body."""
-    from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
+def record_dict_bytes(kind: str, keys: Sequence[str]) -> int:
+    """Return the length of the object of a `kind` that names its children, without them."""
+    names = json.dumps(dict.fromkeys(keys, "0" * _OBJECT_ID_LENGTH))
+    return object_bytes(kind, len(keys), len(names.encode()))
 
+
+def _flwr_array_bytes(data_bytes: int, dtype: str, shape: Sequence[int], stype: str) -> int:
+    sizes = [min(_CHUNK_BYTES, data_bytes - start) for start in range(0, data_bytes, _CHUNK_BYTES)]
+    chunks = sum(object_bytes("ArrayChunk", 0, size) for size in sizes)
+    body = json.dumps({"dtype": dtype, "shape": shape, "stype": stype, "arraychunk_ids": list(range(len(sizes)))})
+    return chunks + object_bytes("Array", len(sizes), len(body.encode()))
+
+
+def object_bytes(kind: str, children: int, body: int) -> int:
+    """Return the length of a deflated object: "Kind ids length", a divider of one byte, and the body."""
     ids = max(0, children * (_OBJECT_ID_LENGTH + 1) - 1)
-    head = len(kind) + ids + len(str(body)) + 2 * len(HEAD_VALUE_DIVIDER.encode())
-    return head + len(HEAD_BODY_DIVIDER) + body
+    return len(kind) + 1 + ids + 1 + len(str(body)) + 1 + body

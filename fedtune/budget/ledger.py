@@ -8,7 +8,7 @@ it stays in the ledger, marked `lost`, and in every total.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -83,9 +83,25 @@ def read_ledger(path: Path) -> list[Entry]:
         UsageError: another line is damaged; it is named.
     """
     try:
-        return [Entry(**record) for record in read_json_lines(path)]
-    except (ValueError, TypeError) as error:
+        return [_entry(record, f"line {number} of {path}") for number, record in enumerate(read_json_lines(path), 1)]
+    except ValueError as error:
         raise UsageError(f"The ledger is damaged: {error}.") from None
+
+
+def _entry(record: Mapping[str, object], where: str) -> Entry:
+    """Make an entry of one line's record; every value is checked, since what is wrong here is wrong in every total."""
+    try:
+        entry = Entry(**record)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{where} lacks a key or has one too many") from None
+    for name, lowest in (("round", 0), ("node", -1), ("bytes", 0), ("serialised_bytes", 0)):
+        value = getattr(entry, name)
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"{name} is {value!r} in {where}")
+    for name, words in (("direction", ("down", "up")), ("status", ("ok", "error", "refused", "lost"))):
+        if getattr(entry, name) not in words:
+            raise ValueError(f"{name} is {getattr(entry, name)!r} in {where}")
+    return entry
 
 
 def comm_cost_lines(entries: Iterable[Entry]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
+from fedtune.cli import budget, train
 from fedtune.cli import eval as evaluation
-from fedtune.cli import train
 
 app = typer.Typer(
     name="fedtune",
@@ -37,10 +38,14 @@ def fedtune(
 
 app.command("train")(train.train)
 app.command("eval")(evaluation.evaluate)
+app.command("budget")(budget.budget)
 
 
 def main() -> None:
     """Entry point of the `fedtune` command."""
+    # torch's CPU threads wait for each other by spinning; on a machine that others use as well, that takes the time of the
+    # very thread that is waited for. To be said before torch is imported; the user's own setting stands.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(args=with_optional_values(sys.argv[1:]))
 
 

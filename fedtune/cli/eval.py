@@ -105,6 +105,10 @@ def evaluate(
             raise UsageError(f"{name} {value} is not one of {', '.join(known)}.")
     if mode == "official" and (quantization or "fp4") != "fp4":
         raise UsageError("--mode official computes on FP4 weights in float32.", hint="Leave --quantization out.")
+    if protocol == "lm-eval" and (verify or mode == "official"):
+        raise UsageError("--verify and --mode belong to the leaderboard's protocol.", hint="Leave --protocol out.")
+
+    import torch
 
     from fedtune.cli.progress import EvalProgress
     from fedtune.evaluation.benchmarks.find import parse_bench
@@ -131,6 +135,8 @@ def evaluate(
         from fedtune.evaluation.harness import evaluate_with_harness
 
         score = evaluate_with_harness
+    if not torch.cuda.is_available():
+        note("There is no CUDA device: everything runs on the CPU, in float32.")
     progress = EvalProgress(quiet=json)
     try:
         with progress.shown():
@@ -202,7 +208,7 @@ def _say_more(row: BenchResult) -> None:
 
 def _rescore(files: list[Path], as_json: bool) -> None:
     """Score generation files that exist already."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fedtune.evaluation.artefacts import rescore
     from fedtune.evaluation.statistics import wilson
@@ -227,7 +233,16 @@ def _rescore(files: list[Path], as_json: bool) -> None:
             ]
         )
         return
-    table = Table("file", "benchmark", "accuracy", "95 % interval", "n", "unparsed", "on parsed", "published")
+    table = Table(
+        Column("file", overflow="fold"),
+        "benchmark",
+        "accuracy",
+        "95 % interval",
+        "n",
+        "unparsed",
+        "on parsed",
+        "published",
+    )
     for each in results:
         score, interval = each.score, wilson(each.score.k, each.score.n)
         table.add_row(

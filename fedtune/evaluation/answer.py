@@ -7,7 +7,9 @@ model does not look; the vocabulary's logits are computed for the last position 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -23,6 +25,8 @@ Tokens = tuple[int, ...]
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
 """Tokens of a batch, padding included, to begin with; running out of memory halves it."""
+
+_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 _LEAST_MEMBERS, _LEAST_GAIN = 8, 16
 """A deeper common prefix is worth a pass of its own from so many prompts and so many tokens on."""
@@ -124,16 +128,6 @@ def group_by_prefix(sequences: Sequence[Tokens]) -> list[Group]:
     return groups
 
 
-def batches_of(group: Group, lengths: Sequence[int], budget: Budget) -> Iterator[list[int]]:
-    """Yield the group's places in batches, longest first, each within the budget as it then is, at least one a batch."""
-    waiting = sorted(group.members, key=lambda place: -lengths[place])
-    while waiting:
-        longest = lengths[waiting[0]] - len(group.prefix)
-        count = max(1, budget.tokens // longest)
-        yield waiting[:count]
-        del waiting[:count]
-
-
 def answer(base: Base, requests: Sequence[Request], budget: Budget, work: Work | None = None) -> Iterator[list[Reply]]:
     """Answer requests greedily, batch by batch, in an order of our own choosing.
 
@@ -155,9 +149,11 @@ def answer(base: Base, requests: Sequence[Request], budget: Budget, work: Work |
         cache = _prefix_cache(base, group, work)
         if cache is None:
             group = Group((), group.members)
-        waiting = [place for batch in batches_of(group, lengths, Budget(2**62)) for place in batch]
+        # Longest first: the first batch is the one that memory may not hold.
+        waiting = sorted(group.members, key=lambda place: -lengths[place])
         while waiting:
-            batch = next(batches_of(Group(group.prefix, tuple(waiting)), lengths, budget))
+            longest = lengths[waiting[0]] - len(group.prefix)
+            batch = waiting[: max(1, budget.tokens // longest)]
             try:
                 replies = _answer_batch(base, requests, batch, group.prefix, cache, work)
             except torch.OutOfMemoryError:
@@ -194,28 +190,27 @@ def _answer_batch(
     lengths = torch.tensor([len(rest) for rest in rests], device=base.device)  # (rows,)
     width, rows = max(map(len, rests)), len(rests)
     ids = torch.tensor([rest + (0,) * (width - len(rest)) for rest in rests], device=base.device)  # (rows, width)
-    places = torch.arange(width, device=base.device)
-    real = (places < lengths[:, None]).long()
-    mask = torch.cat([real.new_ones(rows, len(prefix)), real], dim=1)  # (rows, prefix + width)
-    positions = (len(prefix) + places).expand(rows, -1)
     cache = _repeat(shared, rows) if shared is not None else None
     most = max(requests[place].new_tokens for place in batch)
     stops = stop_tokens(base)
 
     decoder, head = base.model.get_decoder(), base.model.get_output_embeddings()
     with _arithmetic(base):
-        out = decoder(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=most > 1 or cache is not None,
-        )
+        # Padding lies to the right of everything that looks: the causal mask is enough, and quicker.
+        causal = _causal_mask(base, len(prefix), width) if cache is not None else None
+        use_cache = most > 1 or cache is not None
+        out = decoder(input_ids=ids, attention_mask=causal, past_key_values=cache, use_cache=use_cache)
         logits = head(out.last_hidden_state[torch.arange(rows, device=base.device), lengths - 1]).float()
         best = logits.topk(2, dim=-1)
         chosen = [best.indices[:, 0]]
+        limits = torch.tensor([requests[place].new_tokens for place in batch], device=base.device)  # (rows,)
+        ends = torch.tensor(sorted(stops), dtype=torch.long, device=base.device)
+        over = torch.zeros(rows, dtype=torch.bool, device=base.device)  # answers that are complete
+        real = (torch.arange(width, device=base.device) < lengths[:, None]).long()
+        mask = torch.cat([real.new_ones(rows, len(prefix)), real], dim=1)  # (rows, prefix + width)
         for step in range(1, most):
-            if all(int(token) in stops for token in chosen[-1]):
+            over |= torch.isin(chosen[-1], ends) | (limits <= step)
+            if bool(over.all()):
                 break
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             out = decoder(
@@ -262,6 +257,35 @@ def _repeat(cache: Any, rows: int) -> DynamicCache:
     return copy
 
 
-def _arithmetic(base: Base) -> torch.autocast:
+def _causal_mask(base: Base, past: int, width: int) -> torch.Tensor | None:
+    """Return the mask that is added to the attention's scores, (1, 1, width, past + width), or None for transformers' own.
+
+    Theirs is one of booleans a row, which torch's CPU kernel turns into numbers again in every layer: a fifth of the time.
+    """
+    layers = set(getattr(base.model.config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(base.model.config, "sliding_window", None) is not None or layers != {"full_attention"}
+    if not _plain_cpu(base) or windowed:
+        return None
+    mask = torch.full((width, past + width), float("-inf"), dtype=torch.float32)
+    return mask.triu(past + 1)[None, None]
+
+
+def _plain_cpu(base: Base) -> bool:
+    return base.device.type == "cpu" and base.compute_dtype == torch.float32
+
+
+@contextmanager
+def _arithmetic(base: Base) -> Iterator[None]:
     """bf16 arithmetic where the base computes in it; plain float32 elsewhere."""
-    return torch.autocast(base.device.type, torch.bfloat16, enabled=base.compute_dtype == torch.bfloat16)
+    before = os.environ.get(_GROUPED)
+    if _plain_cpu(base):
+        # transformers copies keys and values for every head that shares them, unless told that the kernel can do without.
+        os.environ[_GROUPED] = "1"
+    try:
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.compute_dtype == torch.bfloat16):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(_GROUPED, None)
+        else:
+            os.environ[_GROUPED] = before

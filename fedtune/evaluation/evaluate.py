@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
 from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, tokenize
 from fedtune.evaluation.artefacts import write_artefacts
-from fedtune.evaluation.benchmarks.base import Question, Selection
+from fedtune.evaluation.benchmarks.base import Benchmark, Selection
 from fedtune.evaluation.benchmarks.load import QuestionSet, load_questions
 from fedtune.evaluation.journal import Journal, open_journal
 from fedtune.evaluation.official import (
     BATCH_SIZE,
+    FINANCE_BATCH_SIZE,
     FINANCE_LENGTH,
     answer_finance,
     answer_one_by_one,
@@ -27,8 +30,9 @@ from fedtune.evaluation.official import (
 )
 from fedtune.evaluation.scoring import Answer, Score, score
 from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
-from fedtune.models.adapter import AdaptedModel, attach_saved, read_adapter
-from fedtune.models.base import Base, load_base
+from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdaptedModel, attach_saved, read_adapter
+from fedtune.models.base import Base, compute_dtype, load_base
+from fedtune.models.hub import resolve_base
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import file_sha256
 
@@ -106,6 +110,8 @@ class BenchResult:
 
     subject: str
     bench: str
+    label: str
+    """The subject's name in file names, with whatever differs from the leaderboard's settings."""
     protocol: str
     mode: Mode
     score: Score = field(repr=False)
@@ -143,7 +149,8 @@ class Bench:
     """One base in memory, adapters swapped in place; loaded when the first question needs it."""
 
     def __init__(self, model: ModelConfig) -> None:
-        self.config = model
+        self.config = _pinned(model)
+        self.sha256 = _model_hash(self.config)
         self._base: Base | None = None
         self._adapted: AdaptedModel | None = None
         self._settings: str = ""
@@ -184,6 +191,7 @@ def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalRe
         UsageError: the data is not what a benchmark needs.
     """
     sets = [load_questions(selection, settings.data_dir, settings.limit) for selection in settings.selections]
+    check_adapters(settings.subjects)
     bench = Bench(settings.model)
     results: list[BenchResult] = []
     for subject in settings.subjects:
@@ -200,16 +208,41 @@ def finish(settings: EvalSettings, results: Sequence[BenchResult]) -> EvalResult
     return EvalResult(tuple(tested), file)
 
 
-def identity(settings: EvalSettings, subject: Subject) -> dict[str, Any]:
+def check_adapters(subjects: Sequence[Subject]) -> None:
+    """Read every adapter once, so that a damaged last one does not wait for the answers of the first.
+
+    Raises:
+        MissingError: an adapter cannot be read.
+    """
+    for subject in subjects:
+        if subject.folder is not None:
+            read_adapter(subject.folder)
+
+
+def identity(bench: Bench, subject: Subject) -> dict[str, Any]:
     """Return what says which weights were computed with, in which arithmetic."""
+    folder = subject.folder
     return {
-        "model": settings.model.model_dump(mode="json"),
-        "model_sha256": _model_hash(settings.model),
-        "adapter_sha256": None if subject.folder is None else file_sha256(subject.folder / "adapter_model.safetensors"),
+        "model": bench.config.model_dump(mode="json"),
+        "model_sha256": bench.sha256,
+        "adapter_sha256": None if folder is None else file_sha256(folder / WEIGHTS_FILE),
+        "adapter_config_sha256": None if folder is None else file_sha256(folder / CONFIG_FILE),
         "device": _device(),
-        "compute_dtype": _dtype_name(settings),
+        "compute_dtype": _dtype_name(bench.config),
         "versions": {name: version(name) for name in _PACKAGES},
     }
+
+
+def label_of(settings: EvalSettings, subject: Subject, protocol: str = "flowertune") -> str:
+    """Return the subject's name in file names: alone for the leaderboard's own settings, else with what differs from them."""
+    ours = protocol == "flowertune"
+    differs = (
+        "" if settings.mode == "official" or not ours else settings.mode,
+        "" if settings.model.quantization == "fp4" else settings.model.quantization,
+        "" if settings.batch_size == BATCH_SIZE or not ours else f"batch{settings.batch_size}",
+        "" if settings.limit is None else f"first{settings.limit}",
+    )
+    return "_".join(filter(None, (subject.name, *differs)))
 
 
 def _score_one(
@@ -222,10 +255,11 @@ def _score_one(
         "mode": settings.mode,
         "batch_size": settings.batch_size,
         "prompts_sha256": questions.sha256,
-        **identity(settings, subject),
+        **identity(bench, subject),
     }
-    name = "_".join(filter(None, (selection.benchmark.name, selection.category, subject.name, settings.mode)))
-    journal = open_journal(settings.out / "answers" / f"{name}.jsonl", details)
+    label = label_of(settings, subject)
+    name = "_".join(filter(None, (selection.benchmark.name, selection.category, label)))
+    journal = open_journal(settings.out / "answers", name, details)
     waiting = [place for place in range(questions.count) if place not in journal.outputs]
     if waiting:
         _answer(bench.put_on(subject), settings, subject, questions, journal, listener)
@@ -234,12 +268,12 @@ def _score_one(
         for place, question in enumerate(questions.questions)
     ]
     result = score(answers, selection.benchmark.answer_type)
-    run = subject.name if settings.mode == "official" else f"{subject.name}_{settings.mode}"
-    write_artefacts(settings.out, selection, run, answers, result.accuracy)
+    write_artefacts(settings.out, selection, label, answers, result.accuracy)
     agreement = _verify(bench, settings, subject, questions, journal) if settings.verify else None
     return BenchResult(
         subject=subject.name,
         bench=selection.name,
+        label=label,
         protocol="flowertune",
         mode=settings.mode,
         score=result,
@@ -265,21 +299,26 @@ def _answer(
 ) -> None:
     """Ask what the journal lacks, and write every batch of replies into it."""
     kind = questions.selection.benchmark.answer_type
-    golds = [question.gold for question in questions.questions]
+    asked = questions.questions
+
+    def right(outputs: Iterable[tuple[int, str]]) -> int:
+        answers = [Answer("", asked[place].gold, output) for place, output in outputs]
+        return score(answers, kind).k if answers else 0
+
     began = time.monotonic()
-    answered = 0
+    answered, total_right = 0, right(journal.outputs.items())
     for replies, seconds, tokens in _timed(_replies(base, settings, questions, set(journal.outputs))):
         journal.add(replies, seconds, tokens)
         answered += len(replies)
+        total_right += right((reply.place, reply.text) for reply in replies)
         if listener is not None:
-            done = [Answer("", golds[place], output) for place, output in journal.outputs.items()]
             listener(
                 Asked(
                     subject=subject.name,
                     bench=questions.selection.name,
-                    done=len(done),
+                    done=len(journal.outputs),
                     total=questions.count,
-                    right=score(done, kind).k,
+                    right=total_right,
                     seconds=time.monotonic() - began,
                     answered=answered,
                 )
@@ -296,38 +335,53 @@ def _replies(
     benchmark = questions.selection.benchmark
     asked = questions.questions
     if benchmark.answer_type == "sentiment" and settings.mode == "official":
-        # Batches pad to their longest row: they are asked whole, in their order, or not at all.
-        for replies in answer_finance(base, [question.prompt for question in asked]):
-            fresh = [reply for reply in replies if reply.place not in known]
-            yield fresh, sum(len(ids) for ids in tokenize(base, [asked[reply.place].prompt for reply in fresh]))
+        yield from _finance_replies(base, [question.prompt for question in asked], known)
         return
     places: dict[str, list[int]] = {}
     for place, question in enumerate(asked):
         places.setdefault(question.prompt, []).append(place)
     prompts = [prompt for prompt, owners in places.items() if not known.issuperset(owners)]
     tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in prompts])
-    limits = _limits(base, settings, asked, dict(zip(prompts, tokens, strict=True)))
-    requests = [Request(ids, limits[prompt]) for prompt, ids in zip(prompts, tokens, strict=True)]
+    requests = _requests(base, settings, questions, dict(zip(prompts, tokens, strict=True)))
     if settings.mode == "official":
         stream = answer_one_by_one(base, requests, pad_token_of(base))
     else:
         stream = answer(base, requests, Budget.of(base.device), Work())
     for replies in stream:
-        spread = []
-        for reply in replies:
-            text = answer_part("Answer: " + reply.text) if benchmark.answer_type == "sentiment" else reply.text
-            spread += [Reply(place, text, reply.gap) for place in places[prompts[reply.place]]]
+        spread = [
+            Reply(place, _output(benchmark, reply.text), reply.gap)
+            for reply in replies
+            for place in places[prompts[reply.place]]
+            if place not in known
+        ]
         yield spread, sum(len(requests[reply.place].tokens) for reply in replies)
 
 
-def _limits(
-    base: Base, settings: EvalSettings, asked: Sequence[Question], tokens: Mapping[str, tuple[int, ...]]
-) -> dict[str, int]:
-    """Return how many new tokens each prompt is allowed."""
-    if asked and asked[0].prompt.startswith("Instruction: "):
-        return {prompt: max(1, FINANCE_LENGTH - len(ids)) for prompt, ids in tokens.items()}
-    counts = new_tokens(base, asked, settings.batch_size)
-    return {question.prompt: count for question, count in zip(asked, counts, strict=True)}
+def _finance_replies(base: Base, prompts: Sequence[str], known: set[int]) -> Iterator[tuple[list[Reply], int]]:
+    """Ask the batches that hold a question not known yet; each is asked whole, because it is padded to its longest row."""
+    for start in range(0, len(prompts), FINANCE_BATCH_SIZE):
+        batch = prompts[start : start + FINANCE_BATCH_SIZE]
+        if known.issuperset(range(start, start + len(batch))):
+            continue
+        for replies in answer_finance(base, batch):
+            fresh = [Reply(start + r.place, r.text, r.gap) for r in replies if start + r.place not in known]
+            yield fresh, sum(map(len, tokenize(base, [prompts[reply.place] for reply in fresh])))
+
+
+def _requests(
+    base: Base, settings: EvalSettings, questions: QuestionSet, tokens: Mapping[str, tuple[int, ...]]
+) -> list[Request]:
+    """Return a request for each prompt of `tokens`, with as many new tokens as the protocol allows."""
+    if questions.selection.benchmark.answer_type == "sentiment":
+        return [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in tokens.values()]
+    counts = new_tokens(base, questions.questions, settings.batch_size)
+    limits = {question.prompt: count for question, count in zip(questions.questions, counts, strict=True)}
+    return [Request(ids, limits[prompt]) for prompt, ids in tokens.items()]
+
+
+def _output(benchmark: Benchmark, text: str) -> str:
+    """Return what is scored of the new text: all of it, in finance what precedes a second `Answer: `."""
+    return answer_part("Answer: " + text) if benchmark.answer_type == "sentiment" else text
 
 
 def _timed(stream: Iterator[tuple[list[Reply], int]]) -> Iterator[tuple[list[Reply], float, int]]:
@@ -349,14 +403,17 @@ def _verify(
 ) -> Agreement:
     """Answer evenly spread questions one by one, on the same weights, and compare with the journal's outputs."""
     base = bench.put_on(subject)
-    count = min(settings.verify, questions.count)
-    places = [round(number * (questions.count - 1) / max(1, count - 1)) for number in range(count)]
-    asked = [questions.questions[place] for place in places]
-    limits = dict(zip(range(questions.count), new_tokens(base, questions.questions, settings.batch_size), strict=True))
-    tokens = tokenize(base, [questions.selection.benchmark.wrap(question.prompt) for question in asked])
-    requests = [Request(ids, limits[place]) for ids, place in zip(tokens, places, strict=True)]
+    benchmark = questions.selection.benchmark
+    last = {question.prompt: place for place, question in enumerate(questions.questions)}  # one place a prompt
+    count = min(settings.verify, len(last))
+    prompts = [list(last)[round(number * (len(last) - 1) / max(1, count - 1))] for number in range(count)]
+    tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in prompts])
+    requests = _requests(base, settings, questions, dict(zip(prompts, tokens, strict=True)))
     plain = [reply for replies in answer_one_by_one(base, requests, pad_token_of(base)) for reply in replies]
-    equal = sum(reply.text == journal.outputs[place] for reply, place in zip(plain, places, strict=True))
+    equal = sum(
+        _output(benchmark, reply.text) == journal.outputs[last[prompt]]
+        for reply, prompt in zip(plain, prompts, strict=True)
+    )
     gaps = sorted(gap for gap in journal.gaps.values() if gap is not None)
     return Agreement(count, equal, tuple(gaps[:5]))
 
@@ -380,6 +437,7 @@ def result_record(result: BenchResult) -> dict[str, Any]:
     return {
         "subject": result.subject,
         "bench": result.bench,
+        "label": result.label,
         "protocol": result.protocol,
         "mode": result.mode,
         "accuracy": score_.accuracy,
@@ -408,7 +466,7 @@ def result_record(result: BenchResult) -> dict[str, Any]:
 def _merge_results(file: Path, results: Sequence[BenchResult]) -> None:
     """Write results.json: these results, and those of earlier calls about something else."""
     fresh = [result_record(result) for result in results]
-    keys = ("subject", "bench", "protocol", "mode")
+    keys = ("label", "bench", "protocol", "mode")
     try:
         old = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -419,28 +477,32 @@ def _merge_results(file: Path, results: Sequence[BenchResult]) -> None:
     write_json(file, [*kept, *fresh])
 
 
-def _model_hash(model: ModelConfig) -> str | None:
-    """Return a hash of the base's weight files for a folder or a built-in model; a hub model has its revision."""
-    from fedtune.models.hub import resolve_base
+def _on_hub(model: ModelConfig) -> bool:
+    return model.base != BUILTIN_TINY and not Path(model.base).expanduser().is_dir()
 
-    if model.base != BUILTIN_TINY and not Path(model.base).expanduser().is_dir():
+
+def _pinned(model: ModelConfig) -> ModelConfig:
+    """Return `model` with the commit that its revision means on the hub, so that a result says which weights it is of."""
+    if not _on_hub(model):
+        return model
+    return model.model_copy(update={"revision": resolve_base(model, only_config=True).revision})
+
+
+def _model_hash(model: ModelConfig) -> str | None:
+    """Return a hash of weights, tokenizer and settings of a folder or a built-in model; a hub model has its commit."""
+    if _on_hub(model):
         return None
     digest = hashlib.sha256()
-    for path in sorted(resolve_base(model).folder.glob("*.safetensors")):
-        digest.update(file_sha256(path).encode())
+    folder = resolve_base(model).folder
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _device() -> str:
-    import torch
-
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
-def _dtype_name(settings: EvalSettings) -> str:
-    import torch
-
-    from fedtune.models.base import compute_dtype
-
+def _dtype_name(model: ModelConfig) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return str(compute_dtype(settings.model, device)).removeprefix("torch.")
+    return str(compute_dtype(model, device)).removeprefix("torch.")

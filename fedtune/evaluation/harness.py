@@ -25,6 +25,7 @@ from fedtune.errors import UsageError
 from fedtune.evaluation.benchmarks.base import Row, Selection
 from fedtune.evaluation.benchmarks.files import files_of, read_rows
 from fedtune.evaluation.benchmarks.hub import require_hub
+from fedtune.evaluation.benchmarks.load import QuestionSet, load_questions
 from fedtune.evaluation.evaluate import (
     Asked,
     Bench,
@@ -33,8 +34,10 @@ from fedtune.evaluation.evaluate import (
     EvalSettings,
     Listener,
     Subject,
+    check_adapters,
     finish,
     identity,
+    label_of,
 )
 from fedtune.evaluation.scoring import Score, SubsetScore
 from fedtune.evaluation.statistics import wilson
@@ -87,6 +90,7 @@ def evaluate_with_harness(settings: EvalSettings, listener: Listener | None = No
         UsageError: lm-eval has no task for a benchmark.
         MissingError: model, adapter or data cannot be had.
     """
+    check_adapters(settings.subjects)
     for selection in settings.selections:
         if selection.benchmark.name not in TASKS:
             raise UsageError(
@@ -96,15 +100,21 @@ def evaluate_with_harness(settings: EvalSettings, listener: Listener | None = No
     bench = Bench(settings.model)
     results = []
     with tempfile.TemporaryDirectory() as folder:
+        sets = [_checked(selection, settings) for selection in settings.selections]
         plans = [_local_tasks(selection, settings, Path(folder)) for selection in settings.selections]
         manager = TaskManager(include_path=folder)
         for subject in settings.subjects:
-            for selection, names in zip(settings.selections, plans, strict=True):
-                results.append(_score_one(bench, settings, subject, selection, names, manager))
+            for selection, questions, names in zip(settings.selections, sets, plans, strict=True):
+                results.append(_score_one(bench, settings, subject, selection, questions, names, manager))
                 if listener is not None:
                     score, seconds = results[-1].score, results[-1].seconds
                     listener(Asked(subject.name, selection.name, score.n, score.n, score.k, seconds, score.n))
     return finish(settings, results)
+
+
+def _checked(selection: Selection, settings: EvalSettings) -> QuestionSet | None:
+    """Return the questions of local data, checked as for the leaderboard's protocol; lm-eval loads the hub's by itself."""
+    return None if settings.data_dir is None else load_questions(selection, settings.data_dir)
 
 
 def _local_tasks(selection: Selection, settings: EvalSettings, folder: Path) -> dict[str, str]:
@@ -141,6 +151,7 @@ def _score_one(
     settings: EvalSettings,
     subject: Subject,
     selection: Selection,
+    questions: QuestionSet | None,
     names: Mapping[str, str],
     manager: TaskManager,
 ) -> BenchResult:
@@ -153,24 +164,25 @@ def _score_one(
     seconds = time.monotonic() - began
     parts = {part: _correct(found["samples"][name]) for part, name in names.items()}
     score = _score(parts)
-    official = selection.expected
-    partial = f"--limit {settings.limit}" if settings.limit is not None else ""
-    if not partial and official is not None and score.n < official:
-        partial = f"the data holds {score.n} of {official} rows"
+    everything = questions.count if questions is not None else selection.expected
+    partial = questions.partial_because if questions is not None else ""
+    if settings.limit is not None and (everything is None or score.n < everything):
+        partial = f"--limit {settings.limit} of each task's rows"
     return BenchResult(
         subject=subject.name,
         bench=selection.name,
+        label=label_of(settings, subject, protocol="lm-eval"),
         protocol="lm-eval",
         mode=settings.mode,
         score=score,
         interval=wilson(score.k, score.n),
         partial=partial,
-        findings=(),
+        findings=tuple(finding.text for finding in questions.findings) if questions is not None else (),
         comparable=False,
         seconds=seconds,
         prompt_tokens=0,
         details={
-            **identity(settings, subject),
+            **identity(bench, subject),
             "protocol": "lm-eval",
             "comparability": NOT_COMPARABLE,
             "tasks": sorted(names.values()),

@@ -1,11 +1,13 @@
 """The journal of one adapter on one benchmark: every answer as it comes, so that a killed evaluation goes on where it stopped.
 
-The first line says what is being answered, with what: prompts, model, adapter, arithmetic. A journal that says something else
-is not continued. Then one line per question, and after each batch one with its seconds and tokens.
+The first line says what is being answered, with what: prompts, model, adapter, arithmetic. Its hash is in the file's name, so
+that other settings have another journal and this one stays. Then one line per question, and after each batch one with its
+seconds and tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,17 +46,19 @@ class Journal:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def open_journal(path: Path, subject: Mapping[str, Any]) -> Journal:
-    """Open the journal at `path` if it is about `subject`, else begin it anew.
+def open_journal(folder: Path, name: str, subject: Mapping[str, Any]) -> Journal:
+    """Open the journal about `subject` in `folder`, or begin it; `name` makes its file name readable.
 
-    A line that a kill cut short is dropped, so its question is asked again.
+    A line that a kill cut short is dropped, so its question is asked again; a journal damaged elsewhere is begun anew.
     """
+    head = json.loads(json.dumps(subject))
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:8]
+    path = folder / f"{name}-{digest}.jsonl"
     journal = Journal(path)
     try:
         lines = read_json_lines(path)
     except ValueError:
         lines = []
-    head = json.loads(json.dumps(subject))
     if not lines or lines[0] != head:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(head, ensure_ascii=False) + "\n")

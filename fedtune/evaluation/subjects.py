@@ -48,24 +48,16 @@ def find_subjects(
     """
     if not adapters and not with_base:
         raise UsageError("Nothing to score is named.", hint="Name an adapter, --peft peft_10, or the base, --base.")
-    folders = [_folder(name, runs) for name in adapters]
-    bases = {_base_of(folder)["base"]: _base_of(folder) for folder in folders}
-    if model is None and len(bases) > 1:
-        raise MissingError(
-            f"The adapters stand on different base models: {', '.join(sorted(bases))}.",
-            hint="Score them one by one, or name the base with --model.",
-        )
-    if model is None and not bases:
-        raise UsageError("--base needs to know which base model.", hint="Name it: --model MODEL")
-    settings: dict[str, Any] = {"base": model} if model is not None else next(iter(bases.values()))
+    folders = list(dict.fromkeys(_folder(name, runs) for name in adapters))
+    settings: dict[str, Any] = {"base": model} if model is not None else _common_base(folders)
     config = ModelConfig(**{**settings, "quantization": quantization})
     subjects = [Subject(BASE)] if with_base else []
     subjects += [
         Subject(name, folder, _used_mib(folder)) for name, folder in zip(_names(folders), folders, strict=True)
     ]
-    owner = next((folder.parent for folder in folders if (folder.parent / "config.json").is_file()), None)
+    owner = next((run for folder in folders if (run := _run_of(folder))), None)
     default = runs / "evaluations" / re.sub(r"[^\w.-]+", "-", config.base).strip("-")
-    return Subjects(tuple(subjects), config, owner / "benchmarks" if owner else default)
+    return Subjects(tuple(subjects), config, owner.path / "benchmarks" if owner else default)
 
 
 def _folder(name: str, runs: Path) -> Path:
@@ -79,28 +71,57 @@ def _folder(name: str, runs: Path) -> Path:
     return fetch_adapter(name)
 
 
+def _run_of(folder: Path) -> RunDirectory | None:
+    """Return the run that an adapter lies in; a model's folder also holds a config.json, a run's a run.json as well."""
+    run = RunDirectory(folder.parent)
+    return run if run.config_file.is_file() and run.about_file.is_file() else None
+
+
+def _common_base(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the base that all adapters stand on; one that names no revision takes the others'."""
+    if not folders:
+        raise UsageError("--base needs to know which base model.", hint="Name it: --model MODEL")
+    found = sorted((_base_of(folder) for folder in folders), key=lambda each: each["revision"] is None)
+    revisions = {each["revision"] for each in found} - {None}
+    if len({each["base"] for each in found}) > 1 or len(revisions) > 1:
+        names = {each["base"] + (f"@{each['revision']}" if each["revision"] else "") for each in found}
+        raise MissingError(
+            f"The adapters stand on different base models: {', '.join(sorted(names))}.",
+            hint="Score them one by one, or name the base with --model.",
+        )
+    return found[0]
+
+
 def _base_of(folder: Path) -> dict[str, Any]:
     """Return the base of an adapter: its run's model settings, else what its adapter_config.json names."""
-    run = RunDirectory(folder.parent)
-    if run.config_file.is_file():
+    if run := _run_of(folder):
         return {**run.read_config().model.model_dump(mode="json"), "compute_dtype": "auto", "dequantize": "auto"}
     try:
         table = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = table["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = table = None
-    if not base:
+    if not base or not isinstance(base, str):
         raise MissingError(f"The adapter {folder} does not say which base it stands on.", hint="Name it: --model MODEL")
     return {"base": base, "revision": table.get("revision")}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return short names that tell the adapters apart: the folder's, with its run's in front where two are alike."""
-    short = [folder.resolve().name for folder in folders]
-    return [
-        name if short.count(name) == 1 else f"{folder.resolve().parent.name}-{name}"
-        for name, folder in zip(short, folders, strict=True)
-    ]
+    """Return short names that tell the adapters apart: the folder's, with as many of those above it as that takes."""
+    paths = [_readable(folder) for folder in folders]
+    names = [path[-1] for path in paths]
+    for depth in range(2, max(map(len, paths), default=0) + 1):
+        alike = [name for name in (*names, BASE) if (*names, BASE).count(name) > 1]
+        names = ["-".join(path[-depth:]) if name in alike else name for name, path in zip(names, paths, strict=True)]
+    return names
+
+
+def _readable(folder: Path) -> tuple[str, ...]:
+    """Return a folder's names from the top; in the hub's cache a repository's own name stands for its snapshot."""
+    parts = folder.absolute().parts
+    if parts[-2:-1] == ("snapshots",) and parts[-3].startswith("models--"):
+        return (*parts[1:-3], *parts[-3].removeprefix("models--").split("--"))
+    return folder.resolve().parts[1:]
 
 
 def _used_mib(folder: Path) -> float | None:

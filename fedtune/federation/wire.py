@@ -8,14 +8,13 @@ included, with the bytes that an honest sender writes, before anything is decode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedtune.budget.count import adapter_bytes, array_bytes, npy_header
+from fedtune.budget.count import WIRE_FORMATS, adapter_bytes, array_bytes, npy_header
 from fedtune.models.adapter import AdapterTensors
 
 WireDtype = Literal["float32", "bf16", "fp16"]
@@ -24,25 +23,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 class WireError(ValueError):
     """An array that arrived is not what was agreed on; the text is safe to log."""
-
-
-@dataclass(frozen=True)
-class _Format:
-    """How one wire dtype is written down."""
-
-    name: str
-    """`Array.dtype`."""
-    stype: str
-    """`Array.stype`."""
-    npy: str
-    """numpy's name of the elements behind the npy header."""
-
-
-_FORMATS: dict[str, _Format] = {
-    "float32": _Format("float32", "numpy.ndarray", "<f4"),
-    "fp16": _Format("float16", "numpy.ndarray", "<f2"),
-    "bf16": _Format("bfloat16", "fedtune.bfloat16", "<u2"),
-}
 
 
 def encode(tensors: AdapterTensors, dtype: WireDtype) -> ArrayRecord:
@@ -62,7 +42,7 @@ def decode(record: ArrayRecord, shapes: Shapes, dtype: WireDtype) -> AdapterTens
 
 def message_bytes(shapes: Shapes, dtype: WireDtype) -> int:
     """Return the leaderboard's count of one message with an adapter of `shapes` in `dtype`."""
-    return adapter_bytes(shapes, _FORMATS[dtype].npy)
+    return adapter_bytes(shapes, WIRE_FORMATS[dtype].npy)
 
 
 def check_names(found: set[str], expected: set[str]) -> None:
@@ -78,7 +58,7 @@ def check_names(found: set[str], expected: set[str]) -> None:
 
 
 def _encode_array(tensor: torch.Tensor, dtype: WireDtype) -> Array:
-    form = _FORMATS[dtype]
+    form = WIRE_FORMATS[dtype]
     tensor = tensor.detach().to("cpu", torch.float32)
     if dtype == "bf16":
         values = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
@@ -89,7 +69,7 @@ def _encode_array(tensor: torch.Tensor, dtype: WireDtype) -> Array:
 
 
 def _decode_array(name: str, array: Array, shape: tuple[int, ...], dtype: WireDtype) -> torch.Tensor:
-    form = _FORMATS[dtype]
+    form = WIRE_FORMATS[dtype]
     if (array.dtype, array.stype) != (form.name, form.stype):
         raise WireError(f"{name} is {array.dtype[:20]!r} ({array.stype[:20]!r}), not {form.name!r} ({form.stype!r})")
     if tuple(array.shape) != shape:

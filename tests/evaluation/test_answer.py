@@ -67,7 +67,9 @@ def test_long_answers_equal_too(base: Base) -> None:
     requests = [Request(one.tokens, 1 + number % 7) for number, one in enumerate(requests_of(base, "tiny")[:60])]
     plain = texts(answer_one_by_one(base, requests, 0))
     assert texts(answer(base, requests, Budget(4096))) == plain
-    prose = [Request(ids, 12) for ids in tokenize(base, ["On the isles grow ", "On the isles", "Healers", "A moss"] * 5)]
+    prose = [
+        Request(ids, 12) for ids in tokenize(base, ["On the isles grow ", "On the isles", "Healers", "A moss"] * 5)
+    ]
     assert texts(answer(base, prose, Budget(500))) == texts(answer_one_by_one(base, prose, 0))
 
 

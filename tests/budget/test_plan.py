@@ -1,0 +1,229 @@
+"""The forecast, held against the ledger of exchanges that take place, and against the published figures."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import constant
+from flwr.supercore import constant as supercore
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulated import exchange
+
+from fedtune.budget import count
+from fedtune.budget.count import WIRE_FORMATS, serialised_bytes
+from fedtune.budget.envelope import message_span, reply_span
+from fedtune.budget.fit import WIRE_DTYPES
+from fedtune.budget.plan import plan, transfer_time
+from fedtune.config.facts import Architecture, load_preset, preset_names
+from fedtune.config.load import load_config, strategy_options
+from fedtune.config.schema import FedTuneConfig
+from fedtune.federation.engines.in_process import InProcessGrid
+from fedtune.models.shapes import adapter_shapes
+from fedtune.units import parse_rate
+
+STRATEGIES = [typing.get_args(option.model_fields["name"].annotation)[0] for option in strategy_options()]
+SMALL = Architecture(base="x", layers=1, hidden=12, heads=2, kv_heads=1, head_dim=6, default_targets=("q_proj",))
+TARGETS = st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj"]), min_size=1).map(sorted)
+
+
+def config_of(**values: object) -> FedTuneConfig:
+    quoted = {key: f'"{value}"' if isinstance(value, str) else value for key, value in values.items()}
+    return load_config(settings=[f"{key.replace('__', '.')}={value}" for key, value in quoted.items()]).config
+
+
+@pytest.mark.parametrize("recipe", preset_names("recipe"))
+def test_the_published_figures_come_out(recipe: str) -> None:
+    planned = plan(load_config(recipe=recipe).config)
+    assert round(planned.total_bytes / 2**20, 2) == load_preset("recipe", recipe).published["budget_mib"]
+
+
+def test_a_plan_by_hand() -> None:
+    """Rank 2 on a hidden size of 12: A is 2 x 12, B 12 x 2; a key of 62 letters and an npy header of 128 bytes each."""
+    config = config_of(adapter__rank=2, federation__clients=5, federation__fraction=0.4, federation__rounds=3)
+    shapes = adapter_shapes(config.model, config.adapter, SMALL)
+    planned = plan(config, shapes)
+    assert {len(key) for key in shapes} == {62}
+    message = 2 * (62 + 128 + 24 * 4)
+    assert (planned.message_bytes, planned.reply_bytes, planned.parameters) == (message, message, 48)
+    assert planned.client_round_bytes == 2 * message
+    assert planned.round_bytes == 2 * 2 * message
+    assert planned.down_bytes == planned.up_bytes == 3 * 2 * message
+    assert planned.total_bytes == 3 * 2 * 2 * message
+    assert planned.client_bytes == planned.total_bytes / 5
+
+
+@pytest.mark.usefixtures("flower_identity")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rank=st.integers(1, 70),
+    targets=TARGETS,
+    dtype=st.sampled_from(WIRE_DTYPES),
+    strategy=st.sampled_from(STRATEGIES),
+    rounds=st.integers(1, 3),
+    clients=st.integers(1, 6),
+    fraction=st.floats(0.01, 1.0),
+    steps=st.integers(1, 12),
+)
+def test_forecast_is_the_ledger_of_a_simulated_exchange(
+    tmp_path_factory: pytest.TempPathFactory,
+    rank: int,
+    targets: list[str],
+    dtype: str,
+    strategy: str,
+    rounds: int,
+    clients: int,
+    fraction: float,
+    steps: int,
+) -> None:
+    config = config_of(
+        adapter__rank=rank,
+        adapter__targets=targets,
+        communication__wire_dtype=dtype,
+        strategy__name=strategy,
+        federation__rounds=rounds,
+        federation__clients=clients,
+        federation__fraction=fraction,
+        training__max_steps=steps,
+        checkpoint__save_every=100,
+    )
+    shapes = adapter_shapes(config.model, config.adapter, SMALL)
+    entries = exchange(tmp_path_factory.mktemp("run"), config, shapes)
+    check(config, [entry for entry in entries if entry.kind == "train"], shapes)
+
+
+def check(config: FedTuneConfig, training: list, shapes: dict | None = None) -> None:  # type: ignore[type-arg]
+    """The plan is what the ledger holds, to the byte; serialised bytes lie in their spans."""
+    planned = plan(config, shapes)
+    assert {entry.status for entry in training} == {"ok"}
+    assert {entry.bytes for entry in training if entry.direction == "down"} == {planned.message_bytes}
+    assert {entry.bytes for entry in training if entry.direction == "up"} == {planned.reply_bytes}
+    assert sum(entry.bytes for entry in training) == planned.total_bytes
+    for server_round in range(1, planned.rounds + 1):
+        assert sum(entry.bytes for entry in training if entry.round == server_round) == planned.round_bytes
+    for entry in training:
+        span = planned.serialised_message if entry.direction == "down" else planned.serialised_reply
+        assert span.low <= entry.serialised_bytes <= span.high
+    total = sum(entry.serialised_bytes for entry in training)
+    assert planned.serialised_total.low <= total <= planned.serialised_total.high
+
+
+CASES = range(max(len(STRATEGIES), len(WIRE_DTYPES)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None:
+    """A real run: base model, tokenizer, training, the client as it ships. Every strategy and wire dtype comes up, DoRA too."""
+    from fedtune.budget.ledger import read_ledger
+    from fedtune.federation.train import train
+
+    choices = [
+        f"strategy.name={STRATEGIES[case % len(STRATEGIES)]}",
+        f"communication.wire_dtype={WIRE_DTYPES[case % len(WIRE_DTYPES)]}",
+        f"adapter.dora={'true' if case == 0 else 'false'}",
+    ]
+    small = ["federation.rounds=1", "federation.fraction=0.25", "training.max_steps=1", "training.batch_size=2"]
+    config = load_config(challenge="tiny", settings=[*small, *choices]).config
+    result = train(config, out=tmp_path)
+    check(config, [entry for entry in read_ledger(result.run / "ledger.jsonl") if entry.kind == "train"])
+
+
+@pytest.mark.usefixtures("flower_identity")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+def test_the_bounds_of_a_span_are_reached(strategy: str, dtype: str) -> None:
+    """The shortest and the longest message and reply that there can be, built and measured."""
+    config = config_of(
+        communication__wire_dtype=dtype,
+        strategy__name=strategy,
+        federation__clients=200,
+        federation__rounds=300,
+        training__max_steps=40,
+    )
+    shapes = {"a.lora_A.weight": (3, 50), "a.lora_B.weight": (50, 3), "ünï": (1,)}
+    form = WIRE_FORMATS[dtype]
+    arrays = ArrayRecord(
+        {
+            name: Array(form.name, shape, form.stype, count.npy_header(form.npy, shape) + bytes(size))
+            for name, shape in shapes.items()
+            for size in [int(np.prod(shape)) * np.dtype(form.npy).itemsize]
+        }
+    )
+    orders = {"proximal-mu": 0.1} if strategy == "fedprox" else {}
+    grid = InProcessGrid(echo_app(), 200, {})
+    rows = 40 * config.training.rows_per_step
+    tokens = rows * config.training.sequence_length
+    found = []
+    for node, server_round, steps, numbers in (
+        (2, 1, 1, (1, 1, 1, 1)),
+        (201, 300, 40, (config.federation.max_examples, rows, tokens, tokens)),
+    ):
+        config_record = ConfigRecord({**orders, "learning-rate": 1e-5, "server-round": server_round})
+        message = Message(RecordDict({"arrays": arrays, "config": config_record}), node, "train")
+        examples, of_rows, of_tokens, of_response = numbers
+        metrics = MetricRecord(
+            {
+                "server-round": server_round,
+                "num-examples": examples,
+                "train-loss": 0.5,
+                "losses": [0.5] * steps,
+                "rows": of_rows,
+                "tokens": of_tokens,
+                "response-tokens": of_response,
+                "seconds": 1.0,
+            }
+        )
+        ECHO["content"] = RecordDict({"arrays": arrays, "metrics": metrics})
+        (answer,) = grid.send_and_receive([message])
+        found.append((serialised_bytes(message), serialised_bytes(answer)))
+    message_bytes, reply_bytes = message_span(config, shapes), reply_span(config, shapes)
+    assert found == [(message_bytes.low, reply_bytes.low), (message_bytes.high, reply_bytes.high)]
+
+
+ECHO: dict[str, RecordDict] = {}
+
+
+def echo_app():  # type: ignore[no-untyped-def]
+    """Return a ClientApp that replies with what lies in ECHO."""
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: object) -> Message:
+        return Message(ECHO["content"], reply_to=message)
+
+    return app
+
+
+def test_what_is_stated_twice_is_the_same() -> None:
+    assert constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == count._CHUNK_BYTES
+    assert len(supercore.HEAD_BODY_DIVIDER) == len(supercore.HEAD_VALUE_DIVIDER) == 1
+    assert set(WIRE_FORMATS) == set(WIRE_DTYPES)
+
+
+def test_transfer_time_by_hand() -> None:
+    """A message of m serialised bytes takes m / 12.5e6 s down at 100 Mbit/s and m / 2.5e6 s up at 20 Mbit/s."""
+    config = load_config(recipe="aloe-8b-medical").config
+    planned = plan(config)
+    time = transfer_time(planned, uplink=parse_rate("20Mbit/s"), downlink=parse_rate("100Mbit/s"))
+    assert time.down_s == planned.serialised_message.high / 12.5e6
+    assert time.up_s == planned.serialised_reply.high / 2.5e6
+    assert time.round_s == time.down_s + time.up_s
+    assert time.total_s == pytest.approx(10 * time.round_s)
+
+
+def test_a_large_array_is_cut_into_chunks() -> None:
+    """What Flower cuts into objects of 5 MiB, the arithmetic does."""
+    shapes = {"w": (1400, 1000)}
+    values = np.random.default_rng(0).normal(size=(1400, 1000)).astype("float32")  # chunks that differ are not merged
+    record = ArrayRecord({"w": Array(values)})
+    plain = len(record.deflate()) + sum(
+        len(array.deflate()) + sum(len(chunk.deflate()) for chunk in (array.children or {}).values())
+        for array in record.values()
+    )
+    assert count.adapter_record_bytes(shapes, WIRE_FORMATS["float32"]) == plain
