@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from fedtune.budget.ledger import Direction, Entry, read_ledger
 from fedtune.budget.plan import Plan, plan
-from fedtune.config.load import known_paths, problems_of
-from fedtune.errors import ConfigError, FedTuneError, MissingError
+from fedtune.errors import FedTuneError, MissingError
 from fedtune.runs.directory import RunDirectory
 
 State = Literal["finished", "running", "stopped"]
@@ -93,10 +90,7 @@ def audit(run: RunDirectory) -> Audit:
         UsageError, ConfigError: the config, or a line of the ledger, is damaged.
         MissingError: there is no config, or no ledger though rounds are committed.
     """
-    try:
-        config = run.read_config()
-    except ValidationError as error:
-        raise ConfigError(problems_of(error, dict.fromkeys(known_paths(), str(run.config_file)))) from None
+    config = run.read_config()
     done = committed_rounds(run)
     if done and not run.ledger_file.is_file():
         raise MissingError(f"{run.ledger_file} is missing, though {done} rounds of the run are committed.")

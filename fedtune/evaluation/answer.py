@@ -260,7 +260,7 @@ def _repeat(cache: Any, rows: int) -> DynamicCache:
 def _causal_mask(base: Base, past: int, width: int) -> torch.Tensor | None:
     """Return the mask that is added to the attention's scores, (1, 1, width, past + width), or None for transformers' own.
 
-    Theirs is one of booleans a row, which torch's CPU kernel turns into numbers again in every layer: a fifth of the time.
+    Theirs is one of booleans a row, which torch's CPU kernel turns into numbers again in every layer.
     """
     layers = set(getattr(base.model.config, "layer_types", None) or ["full_attention"])
     windowed = getattr(base.model.config, "sliding_window", None) is not None or layers != {"full_attention"}

@@ -243,15 +243,17 @@ class Rounds:
             if time.monotonic() > deadline:
                 raise FederationError(f"{len(nodes)} of {wanted} clients are connected after the time limit.")
             time.sleep(_POLL_S)
-        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        questions = {node: Message(RecordDict(), node, MessageType.QUERY) for node in nodes}
         clients: dict[int, Client] = {}
         failed = ""
-        for reply in self.grid.send_and_receive(questions, timeout=self.config.federation.client_timeout_s):
+        for reply in self.grid.send_and_receive(questions.values(), timeout=self.config.federation.client_timeout_s):
             if reply.has_error():
                 failed = f"; node {reply.metadata.src_node_id}: {printable(reply.error.reason or '')}"
                 continue
             metrics = reply.content.metric_records[METRICS]
             partition, rows = int(metrics["partition-id"]), int(metrics["rows"])  # type: ignore[arg-type]
+            # Only the answer says which client the question went to.
+            self._enter(self.done, partition, "down", questions[reply.metadata.src_node_id], "ok")
             self._enter(self.done, partition, "up", reply, "ok")
             if 0 <= partition < wanted and rows > 0:
                 clients.setdefault(partition, Client(reply.metadata.src_node_id, partition, rows))

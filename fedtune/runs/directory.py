@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.load import read_table
+from fedtune.config.load import load_config, read_table
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
 from fedtune.runs.atomic import remove_leftovers, write_folder, write_json
@@ -91,10 +91,11 @@ class RunDirectory:
 
         Raises:
             MissingError: this is no run directory.
+            UsageError: its config.json is damaged, or of another version of fedtune.
         """
         if not self.config_file.is_file():
             raise MissingError(f"{self.path} is no run directory: it has no config.json.")
-        return FedTuneConfig.model_validate_json(json.dumps(read_table(self.config_file)), strict=True)
+        return load_config(files=[self.config_file]).config
 
     def read_about(self) -> Mapping[str, Any]:
         """Read what is known of the run beside its config; empty where nothing was written."""
