@@ -46,7 +46,7 @@ class TrainProgress:
         self.live = stderr.is_terminal and not quiet
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[state]}"),
             console=stderr,
         )

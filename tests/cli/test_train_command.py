@@ -22,7 +22,7 @@ SMALL = [
     "--challenge",
     "tiny",
     *("--set", "federation.rounds=3", "--set", "federation.fraction=0.25", "--set", "training.max_steps=2"),
-    *("--set", "training.batch_size=4", "--set", "checkpoint.save_every=2"),
+    *("--set", "training.batch_size=16", "--set", "checkpoint.save_every=2"),
 ]
 """A run of the tiny challenge that takes a second or two after imports."""
 
@@ -204,6 +204,8 @@ def test_a_signal_saves_and_says_how_to_go_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and so would this run be if the tests are one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     wait_for(lambda: list(tmp_path.glob("runs/*/state/round-0001/manifest.json")), process)  # type: ignore[arg-type]
     process.send_signal(how)
