@@ -161,8 +161,8 @@ class FederationConfig(Section):
     """A client that has not replied after so many seconds is counted as failed."""
     max_examples: PositiveInt = 1_000_000
     """The most examples that any client may claim, whatever it announces."""
-    engine: Literal["in-process"] = "in-process"
-    """Where the clients run: one after another in this process."""
+    engine: Literal["in-process", "ray", "superlink"] = "in-process"
+    """Where the clients run: one after another in this process, on Flower's simulation, or on a SuperLink's nodes."""
 
     @model_validator(mode="after")
     def _success_is_reachable(self) -> Self:

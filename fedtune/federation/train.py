@@ -6,7 +6,8 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,7 +59,6 @@ class TrainResult:
     """Wall time of this call."""
     ineligible: tuple[str, ...] | None
     """Why the run cannot be submitted to the leaderboard; None when it is of no leaderboard challenge."""
-    origins: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def train(
@@ -112,15 +112,12 @@ def train(
         finally:
             if run.metrics_file.exists():
                 write_report(run)
-        return _result(config, run, [len(part) for part in parts], time.monotonic() - started, origins or {})
+        return _result(config, run, [len(part) for part in parts], time.monotonic() - started)
 
 
 def _run_engine(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:
-    from fedtune.federation import client, server
-    from fedtune.federation.engines import in_process
-
-    run_config = {"fedtune-config": config_json, "run-dir": str(run.path)}
-    in_process.run(server.app, client.app, config.federation.clients, run_config)
+    name = config.federation.engine.replace("-", "_")
+    import_module(f"fedtune.federation.engines.{name}").run(config, config_json, run)
 
 
 def pin_revisions(config: FedTuneConfig, base: str | None, data: str | None) -> FedTuneConfig:
@@ -180,9 +177,7 @@ def _write_about(run: RunDirectory, config: FedTuneConfig, origins: Mapping[str,
     )
 
 
-def _result(
-    config: FedTuneConfig, run: RunDirectory, sizes: list[int], seconds: float, origins: Mapping[str, str]
-) -> TrainResult:
+def _result(config: FedTuneConfig, run: RunDirectory, sizes: list[int], seconds: float) -> TrainResult:
     from fedtune.budget.ledger import read_ledger
 
     lines = read_json_lines(run.metrics_file)
@@ -206,7 +201,6 @@ def _result(
         share_seen=seen,
         seconds=seconds,
         ineligible=ineligible_because(config),
-        origins=origins,
     )
 
 

@@ -13,11 +13,13 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
+from fedtune.runs.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +120,15 @@ def identity() -> Iterator[None]:
         TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before
 
 
-def run(server_app: ServerApp, client_app: ClientApp, clients: int, run_config: dict[str, str]) -> None:
+def run(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:
     """Run a federation in this process; returns when the ServerApp does, raises what it raises."""
+    from fedtune.federation import client, server
+
     logging.getLogger("flwr").setLevel(logging.ERROR)  # its progress lines would run through ours
-    grid = InProcessGrid(client_app, clients, run_config)
+    run_config: dict[str, str] = {"fedtune-config": config_json, "run-dir": str(run.path)}
+    grid = InProcessGrid(client.app, config.federation.clients, run_config)
     context = Context(
         run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
     with identity():
-        server_app(grid, context)
+        server.app(grid, context)

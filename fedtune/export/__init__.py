@@ -1,0 +1,1 @@
+"""From a run to something that others can use."""
