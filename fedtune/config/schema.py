@@ -71,11 +71,18 @@ class AdapterConfig(Section):
     """Rank-stabilised scaling (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
     """Weight-decomposed adapter (https://arxiv.org/abs/2402.09353)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapter, such as `lm_head`; their weights travel in every message. One that
+    the base ties to another (`lm_head` to `embed_tokens`) is trained apart from it."""
 
     @model_validator(mode="after")
     def _targets_are_named(self) -> Self:
         if self.targets == () or (isinstance(self.targets, tuple) and "" in self.targets):
             raise ValueError("targets must name at least one module")
+        if "" in self.modules_to_save:
+            raise ValueError("modules_to_save holds an empty name")
+        if twice := sorted(set(self.modules_to_save) & set(self.targets if isinstance(self.targets, tuple) else ())):
+            raise ValueError(f"{', '.join(twice)} cannot be both in targets and in modules_to_save")
         return self
 
 

@@ -149,7 +149,10 @@ def _read(path: Path) -> tuple[Form, list[Any], float | None]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise MissingError(f"There is no file {path}.") from None
+        raise MissingError(
+            f"There is no file {path}.",
+            hint="Generations lie in a run: fedtune eval --rescore RUN/benchmarks/generation_….jsonl",
+        ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:

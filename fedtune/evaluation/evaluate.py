@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -426,7 +426,7 @@ def _with_base(results: Sequence[BenchResult]) -> list[BenchResult]:
         base = bases.get(result.bench)
         if base is not None and result.subject != BASE and base.score.n == result.score.n:
             test = mcnemar(result.score.correct, base.score.correct)
-            result = BenchResult(**{**vars(result), "against_base": test})
+            result = replace(result, against_base=test)
         tested.append(result)
     return tested
 

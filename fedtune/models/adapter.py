@@ -33,6 +33,7 @@ AdapterTensors = dict[str, torch.Tensor]
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 MAGNITUDE = "lora_magnitude_vector"
+_SAVED = ".modules_to_save.default."
 NAMED = 3
 """So many keys of each fault are named; the rest is counted."""
 
@@ -59,8 +60,8 @@ class AdaptedModel:
         """PEFT's PeftModel around `base.model`."""
         self.peft_config: Any = model.peft_config["default"]
         self._parameters = saved_parameters(model)
-        self.initial_magnitudes = {key: tensor for key, tensor in self.tensors().items() if key.endswith(MAGNITUDE)}
-        """DoRA's magnitudes as they follow from the base: the norms of its weights' rows; empty without DoRA."""
+        self.from_base = {key: tensor for key, tensor in self.tensors().items() if not _is_lora_matrix(key)}
+        """What starts as the base has it: modules to save, and DoRA's magnitudes, the norms of its weights' rows."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,6 +115,8 @@ def attach(base: Base, adapter: AdapterConfig) -> AdaptedModel:
     if hasattr(base.model, "peft_config"):
         raise RuntimeError("the base still carries an adapter: detach that one first")
     model = peft_model(base.model, adapter)
+    for parameter in saved_parameters(model).values():  # modules to save come in the base's dtype
+        parameter.data = parameter.data.to(torch.float32)
     model.eval()
     return AdaptedModel(base, model)
 
@@ -149,6 +152,7 @@ def peft_model(model: Any, adapter: AdapterConfig, **options: Any) -> Any:
             raise ConfigError(
                 [Problem("adapter.targets", f"this model has no linear module {', '.join(unknown)}; it has {linear}")]
             )
+    _check_modules_to_save(model, adapter)
     try:
         return _quietly_adapted(model, lora_config(adapter), **options)
     except ValueError as error:
@@ -158,10 +162,25 @@ def peft_model(model: Any, adapter: AdapterConfig, **options: Any) -> Any:
         raise ConfigError([Problem("adapter.targets", problem)]) from error
 
 
+def _check_modules_to_save(model: Any, adapter: AdapterConfig) -> None:
+    """PEFT passes over names that no module has, and fails deep inside on weights that cannot be trained."""
+    for wanted in adapter.modules_to_save:
+        found = [module for name, module in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            problem = f"this model has no module {wanted}"
+        elif any(not p.is_floating_point() for module in found for p in module.parameters()):
+            problem = f"{wanted} is quantized and cannot be trained whole"
+        else:
+            continue
+        raise ConfigError([Problem("adapter.modules_to_save", problem)])
+
+
 def _quietly_adapted(model: Any, config: LoraConfig, **options: Any) -> Any:
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that transformers has deprecated.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # The config's reference says what becomes of tied modules.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         return get_peft_model(model, config, **options)
 
 
@@ -176,6 +195,7 @@ def lora_config(adapter: AdapterConfig) -> LoraConfig:
         target_modules=None if targets == "default" else list(targets) if isinstance(targets, tuple) else targets,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
+        modules_to_save=list(adapter.modules_to_save) or None,
     )
 
 
@@ -209,7 +229,7 @@ def initial_tensors(adapter: AdaptedModel | Mapping[str, tuple[int, ...]], seed:
     """Return the adapter that a run starts from, a pure function of names, shapes and seed.
 
     A is uniform within ±1/sqrt(in_features), PEFT's Kaiming initialisation, and B is zero: the adapted model starts as
-    the base. DoRA's magnitudes follow from the base: they need the attached model instead of shapes.
+    the base. DoRA's magnitudes and modules to save follow from the base: they need the attached model instead of shapes.
 
     Args:
         adapter: the attached model, or its adapter's shapes by name.
@@ -218,10 +238,10 @@ def initial_tensors(adapter: AdaptedModel | Mapping[str, tuple[int, ...]], seed:
     shapes = adapter.shapes if isinstance(adapter, AdaptedModel) else adapter
     tensors = {}
     for key, shape in shapes.items():
-        if key.endswith(MAGNITUDE):
+        if not _is_lora_matrix(key):
             if not isinstance(adapter, AdaptedModel):
-                raise ValueError("DoRA's magnitudes follow from the base: give the attached model")
-            tensors[key] = adapter.initial_magnitudes[key].clone()
+                raise ValueError(f"{key} follows from the base: give the attached model")
+            tensors[key] = adapter.from_base[key].clone()
         elif ".lora_A." in key:  # (rank, in_features)
             entropy = hashlib.sha256(f"{seed}:{key}".encode()).digest()
             uniform = np.random.default_rng(list(entropy)).random(shape, dtype=np.float32)
@@ -299,13 +319,22 @@ def read_adapter(folder: Path) -> SavedAdapter:
 def saved_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """Return the adapter's parameters in a PeftModel by the names that PEFT saves them under.
 
-    Those are the parameters' own names without the adapter's name; a DoRA magnitude's also without `weight`.
+    Those are the parameters' own names without the adapter's name; a DoRA magnitude's also without `weight`. Modules to save
+    come last, under the names of the modules that they stand for.
     """
-    named = ((name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name)
-    return {
-        name.removesuffix(".default.weight") if MAGNITUDE in name else name.replace(".default.", "."): parameter
-        for name, parameter in named
-    }
+    matrices, modules = {}, {}
+    for name, parameter in model.named_parameters():
+        if MAGNITUDE in name:
+            matrices[name.removesuffix(".default.weight")] = parameter
+        elif ".lora_" in name:
+            matrices[name.replace(".default.", ".")] = parameter
+        elif _SAVED in name:
+            modules[name.replace(_SAVED, ".")] = parameter
+    return matrices | modules
+
+
+def _is_lora_matrix(key: str) -> bool:
+    return ".lora_A." in key or ".lora_B." in key
 
 
 def _some(keys: Sequence[str]) -> str:

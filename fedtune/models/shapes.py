@@ -26,7 +26,8 @@ def adapter_shapes(model: ModelConfig, adapter: AdapterConfig, architecture: Arc
     Raises:
         MissingError, ConfigError: as `resolve_base` and `attach` do.
     """
-    if architecture is not None and not adapter.dora and adapter.targets != "all-linear":
+    plain_lora = not adapter.dora and not adapter.modules_to_save
+    if architecture is not None and plain_lora and adapter.targets != "all-linear":
         targets = architecture.default_targets if adapter.targets == "default" else adapter.targets
         if set(targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}:
             return _attention_shapes(architecture, targets, adapter.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,9 +118,11 @@ def _communication(entries: Sequence[Mapping[str, Any]], cap_mib: float) -> str:
     share = used / MiB / cap_mib
     text = f"<p>{used / MiB:,.2f} MiB of {cap_mib:,.0f} MiB used ({share:.2%}).</p>"
     curves = [Curve("sent so far, MiB", points, "#7c3aed", 2.5)]
-    if share > 0.02 and points:  # far below the cap, its line would press the curve to the ground
+    if points:
         curves.append(Curve("cap", [(points[0][0], cap_mib), (points[-1][0], cap_mib)], "#b91c1c", 1.5, "6 4"))
-    return text + _chart(curves, "round", "MiB")
+    # Far below the cap its line would press the curve to the ground; powers of ten keep both in sight.
+    far = 0 < share < 0.1 and all(value > 0 for _, value in points)
+    return text + _chart(curves, "round", "MiB", powers=far)
 
 
 def _clients(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -137,27 +140,37 @@ def _clients(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows) + "</table>"
 
 
-def _chart(curves: Sequence[Curve], x_name: str, y_name: str) -> str:
-    """Draw curves as inline SVG with both axes labelled; every curve has a title to hover over."""
+def _chart(curves: Sequence[Curve], x_name: str, y_name: str, *, powers: bool = False) -> str:
+    """Draw curves as inline SVG with both axes labelled; every curve has a title to hover over.
+
+    With `powers` the y axis is logarithmic, from one power of ten to another; all y are then above 0.
+    """
     points = [point for curve in curves for point in curve.points]
     if not points:
         return "<p class=quiet>Nothing to draw yet.</p>"
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     y_low, y_high = min(0.0, min(y for _, y in points)), max(y for _, y in points)
-    x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
+    ticks = [y_low + ((y_high - y_low) or 1.0) * step / 4 for step in range(5)]
+    if powers:
+        lowest, highest = (math.log10(choose(y for _, y in points)) for choose in (min, max))
+        ticks = [10.0**power for power in range(math.floor(lowest), math.ceil(highest) + 1)]
+    x_span = (x_high - x_low) or 1.0
+
+    def height(y: float) -> float:
+        return math.log10(y) if powers else y
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = _MARGIN + (x - x_low) / x_span * (_WIDTH - 2 * _MARGIN)
-        return across, _HEIGHT - _MARGIN / 2 - (y - y_low) / y_span * (_HEIGHT - _MARGIN)
+        up = (height(y) - height(ticks[0])) / (height(ticks[-1]) - height(ticks[0]))
+        return across, _HEIGHT - _MARGIN / 2 - up * (_HEIGHT - _MARGIN)
 
     parts = [f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img aria-label='{html.escape(y_name)} by {x_name}'>"]
-    for step in range(5):
-        value = y_low + y_span * step / 4
+    for value in ticks:
         _, y = place(x_low, value)
         parts.append(f"<line x1={_MARGIN} x2={_WIDTH - _MARGIN} y1={y:.1f} y2={y:.1f} stroke='#8884' />")
         parts.append(f"<text x={_MARGIN - 6} y={y + 4:.1f} text-anchor=end>{value:.4g}</text>")
     for value in sorted({x_low, round((x_low + x_high) / 2), x_high}):
-        x, _ = place(value, y_low)
+        x, _ = place(value, ticks[0])
         parts.append(f"<text x={x:.1f} y={_HEIGHT - 10} text-anchor=middle>{x_name} {value:g}</text>")
     for curve in curves:
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve.points)

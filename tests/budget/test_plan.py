@@ -117,7 +117,7 @@ CASES = range(max(len(STRATEGIES), len(WIRE_DTYPES)))
 
 @pytest.mark.parametrize("case", CASES)
 def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None:
-    """A real run: base model, tokenizer, training, the client as it ships. Every strategy and wire dtype comes up, DoRA too."""
+    """A real run: base model, tokenizer, training, the client as it ships. Every strategy and wire dtype comes up, DoRA and modules to save too."""
     from fedtune.budget.ledger import read_ledger
     from fedtune.federation.train import train
 
@@ -125,6 +125,7 @@ def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None
         f"strategy.name={STRATEGIES[case % len(STRATEGIES)]}",
         f"communication.wire_dtype={WIRE_DTYPES[case % len(WIRE_DTYPES)]}",
         f"adapter.dora={'true' if case == 0 else 'false'}",
+        f"adapter.modules_to_save={['lm_head'] if case == 1 else []}",
     ]
     small = ["federation.rounds=1", "federation.fraction=0.25", "training.max_steps=1", "training.batch_size=2"]
     config = load_config(challenge="tiny", settings=[*small, *choices]).config

@@ -32,6 +32,7 @@ KINDS = {
     "all-linear": AdapterConfig(rank=4, alpha=8, targets="all-linear"),
     "rslora": AdapterConfig(rank=4, alpha=8, targets=("k_proj", "o_proj"), rslora=True),
     "dora": AdapterConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"), dora=True),
+    "modules": AdapterConfig(rank=4, alpha=8, modules_to_save=("lm_head", "norm")),
 }
 
 
@@ -277,3 +278,20 @@ def test_a_written_flipped_key_is_found_on_load(base: Base, tmp_path: Path) -> N
     save_file({key.replace("q_proj", "k_proj"): tensor for key, tensor in load_file(path).items()}, path)
     with pytest.raises(AdapterError, match="missing: base_model"):
         adapted.load(read_adapter(tmp_path / "a").tensors)
+
+
+def test_modules_to_save_start_as_the_base_has_them_and_are_named(base: Base, llama_folder: Path) -> None:
+    adapted = attach(base, AdapterConfig(rank=2, modules_to_save=("lm_head",)))
+    start = initial_tensors(adapted, seed=3)
+    key = "base_model.model.lm_head.weight"
+    assert torch.equal(start[key], adapted.base.model.get_output_embeddings().original_module.weight)
+    with pytest.raises(ValueError, match=r"lm_head\.weight follows from the base"):
+        initial_tensors(adapted.shapes, seed=3)
+    adapted.detach()
+    with pytest.raises(ConfigError, match=r"adapter\.modules_to_save: this model has no module head"):
+        attach(base, AdapterConfig(modules_to_save=("head",)))
+    small = load_base(ModelConfig(base=str(llama_folder), quantization="nf4", dequantize="off"))
+    with pytest.raises(ConfigError, match="down_proj is quantized"):
+        attach(small, AdapterConfig(modules_to_save=("down_proj",)))
+    with pytest.raises(ValueError, match="both in targets and in modules_to_save"):
+        AdapterConfig(targets=("q_proj",), modules_to_save=("q_proj",))

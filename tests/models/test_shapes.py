@@ -25,6 +25,7 @@ ADAPTERS = [
     AdapterConfig(rank=2, targets=("q_proj", "up_proj"), dora=True),
     AdapterConfig(rank=2, targets=("q_proj",), dora=True),
     AdapterConfig(rank=2, targets=("self_attn.q_proj",)),
+    AdapterConfig(rank=2, targets=("q_proj",), modules_to_save=("embed_tokens", "lm_head")),
 ]
 
 

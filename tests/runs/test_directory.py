@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -163,4 +164,23 @@ def test_the_report_takes_a_run_at_any_stage_and_escapes_what_it_shows(tmp_path:
     assert "data.source is &lt;b&gt;" in text
     assert "Not eligible" in text
     assert "1.00 MiB of 200,000 MiB used" in text
-    assert text.count("<polyline") == 4  # client 3, the mean, the learning rate, the bytes
+    assert text.count("<polyline") == 5  # client 3, the mean, the learning rate, the bytes, the cap
+
+
+@pytest.mark.parametrize("cap_mib", [5.0, 200_000.0])
+def test_the_chart_of_bytes_shows_curve_and_cap_however_far_the_cap_is(tmp_path: Path, cap_mib: float) -> None:
+    config = load_config(settings=[f"communication.cap_mib={cap_mib}"]).config
+    run = create_run(tmp_path, config)
+    write_json(run.config_file, config.model_dump(mode="json"))
+    for number in (1, 2, 3):
+        append_line(run.ledger_file, {"round": number, "bytes": 2**20})
+    write_report(run)
+    text = run.report_file.read_text()
+    heights = {
+        name: [float(point.split(",")[1]) for point in found[1].split()]
+        for name in ("sent so far, MiB", "cap")
+        if (found := re.search(f"<title>{name}</title><polyline points='([^']+)'", text))
+    }
+    used, cap = heights["sent so far, MiB"], heights["cap"]
+    assert cap[0] == cap[1] < used[2] < used[1] < used[0]  # SVG counts from the top
+    assert used[0] - used[2] > 10, "the curve is no flat line"

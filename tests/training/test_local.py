@@ -378,3 +378,19 @@ def test_an_interrupted_client_leaves_the_model_ready(make: Make, rows: Tokenize
     assert not adapted.model.training
     assert all(p.grad is None for p in adapted.parameters())
     train(adapted, rows, steps_of(2, 8))
+
+
+def test_modules_to_save_are_trained_packed_as_one_by_one(make: Make, rows: TokenizedRows) -> None:
+    steps = steps_of(3, 8)
+    packed, plain = (make(modules_to_save=("lm_head", "embed_tokens")) for _ in range(2))
+    memory.known[plain.model] = memory.Limits(packs=False, tokens=1, checkpointing=False)
+    before = packed.tensors()
+    losses = train(packed, rows, steps).losses
+    assert memory.known[packed.model].packs
+    assert train(plain, rows, steps).losses == pytest.approx(losses, rel=1e-5)
+    after = packed.tensors()
+    assert_same(plain.tensors(), after, rtol=1e-3, atol=1e-5)
+    whole = [key for key in after if ".lora_" not in key]
+    assert [key.rpartition("model.")[2] for key in whole] == ["embed_tokens.weight", "lm_head.weight"]
+    assert all(not torch.equal(before[key], after[key]) for key in whole)
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
