@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.budget.ledger import Direction, Entry, read_ledger
-from fedtune.budget.plan import Plan, plan
+from fedtune.budget.plan import Plan, Sizes, plan, shapes_of
 from fedtune.errors import FedTuneError, MissingError
 from fedtune.runs.directory import RunDirectory
 
@@ -98,9 +98,10 @@ def audit(run: RunDirectory) -> Audit:
     training = [entry for entry in entries if entry.kind == "train"]
     others = [entry for entry in entries if entry.kind != "train"]
     try:
-        forecast, unknown = plan(config), ""
+        shapes = shapes_of(config)
+        forecast, sizes, unknown = plan(config, shapes), Sizes(config, shapes), ""
     except FedTuneError as error:  # the totals are worth having without it
-        forecast, unknown = None, str(error)
+        forecast, sizes, unknown = None, None, str(error)
     state: State = "finished" if done >= config.federation.rounds else "running" if is_locked(run) else "stopped"
     return Audit(
         run=run.path,
@@ -110,27 +111,27 @@ def audit(run: RunDirectory) -> Audit:
         torn_line=_is_torn(run.ledger_file),
         total=_use(0, training, forecast.total_bytes if forecast else None),
         rounds=tuple(
-            _use(number, part, forecast.round_bytes * (number <= forecast.rounds) if forecast else None)
+            _use(number, part, sizes.round(number) * (number <= config.federation.rounds) if sizes else None)
             for number, part in _by(training, "round")
         ),
         clients=tuple(
-            _use(number, part, _asked(part) * forecast.client_round_bytes if forecast else None)
+            _use(number, part, sum(sum(sizes.pair(*place)) for place in _asked(part)) if sizes else None)
             for number, part in _by(training, "node")
         ),
         queries=len(others),
         query_bytes=sum(entry.serialised_bytes for entry in others),
         forecast=forecast,
         forecast_unknown_because=unknown,
-        causes=tuple(explain(training, forecast, done, state)) if forecast else (),
+        causes=tuple(explain(training, sizes, done, state)) if sizes else (),
     )
 
 
-def explain(training: Sequence[Entry], forecast: Plan, done: int, state: State) -> list[Cause]:
+def explain(training: Sequence[Entry], sizes: Sizes, done: int, state: State) -> list[Cause]:
     """Return why `training` messages and the forecast differ; the causes' bytes add up to the difference, whatever they are.
 
     Args:
         training: The ledger's training messages.
-        forecast: The run's plan.
+        sizes: What was forecast for every message.
         done: Committed rounds.
         state: Whether the run is finished, running, or stopped.
     """
@@ -146,19 +147,21 @@ def explain(training: Sequence[Entry], forecast: Plan, done: int, state: State) 
     add("sent in rounds that a crash undid", sum(entry.bytes for entry in lost), len(lost))
     by_round = dict(_by([entry for entry in training if entry.status != "lost"], "round"))
     pending = "not sent yet" if state == "running" else "not sent: the run stopped"
-    for number in sorted({*range(1, forecast.rounds + 1), *by_round}):
+    rounds = sizes.config.federation.rounds
+    for number in sorted({*range(1, rounds + 1), *by_round}):
         entries = by_round.get(number, [])
-        if number > forecast.rounds:
+        if number > rounds:
             add("of rounds beyond federation.rounds", sum(entry.bytes for entry in entries), len(entries))
             continue
         missing = "missing from the ledger, though the round is committed" if number <= done else pending
         down = [entry for entry in entries if entry.direction == "down"]
         asked = {entry.node for entry in down}
-        unsent = forecast.clients_per_round - len(down)
-        add(missing, -unsent * forecast.client_round_bytes, 2 * unsent)
+        pairs = sum(sum(sizes.pair(number, entry.node)) for entry in down)
+        unsent = sizes.config.federation.clients_per_round - len(down)
+        add(missing, pairs - sizes.round(number), 2 * unsent)
         replied: set[int] = set()
         for entry in entries:
-            expected = forecast.message_bytes if entry.direction == "down" else forecast.reply_bytes
+            expected = sizes.pair(number, entry.node)[entry.direction == "up"]
             if entry.direction == "up" and (entry.node in replied or entry.node not in asked):
                 add("replies that came twice or from a node that was not asked", entry.bytes)
             elif entry.status == "error":
@@ -169,8 +172,9 @@ def explain(training: Sequence[Entry], forecast: Plan, done: int, state: State) 
                 add("of another size than forecast", entry.bytes - expected)
             if entry.direction == "up" and entry.node in asked:
                 replied.add(entry.node)
-        silent = len(down) - len(replied)
-        add("no reply from the client" if number <= done else pending, -silent * forecast.reply_bytes, silent)
+        silent = [entry.node for entry in down if entry.node not in replied]
+        unheard = sum(sizes.pair(number, node)[1] for node in silent)
+        add("no reply from the client" if number <= done else pending, -unheard, len(silent))
     return [Cause(text, counts[text], found[text]) for text in found]
 
 
@@ -204,8 +208,9 @@ def _by(entries: Iterable[Entry], key: Literal["round", "node"]) -> list[tuple[i
     return sorted(parts.items())
 
 
-def _asked(entries: Iterable[Entry]) -> int:
-    return sum(entry.direction == "down" and entry.status != "lost" for entry in entries)
+def _asked(entries: Iterable[Entry]) -> list[tuple[int, int]]:
+    """Return round and client of every message to a client that no crash undid."""
+    return [(each.round, each.node) for each in entries if each.direction == "down" and each.status != "lost"]
 
 
 def _use(number: int, entries: Sequence[Entry], forecast: int | None) -> Use:
@@ -219,7 +224,7 @@ def _use(number: int, entries: Sequence[Entry], forecast: int | None) -> Use:
         up_bytes=sent("up"),
         serialised_bytes=sum(entry.serialised_bytes for entry in entries),
         forecast_bytes=forecast,
-        asked=_asked(entries),
+        asked=len(_asked(entries)),
         accepted=replies["ok"],
         refused=replies["refused"],
         errors=replies["error"],

@@ -47,6 +47,50 @@ WIRE_FORMATS = {
 }
 
 
+@dataclass(frozen=True)
+class PackedFormat:
+    """How one codec writes all tensors of a message into one string of bytes, each in blocks with a float32 scale."""
+
+    bits: int
+    """Bits a value."""
+    block: int
+    """Values that share a scale; 0 for none."""
+
+    def bytes_of(self, values: int) -> int:
+        """Return the bytes of a tensor of so many values: its scales, then its values."""
+        scales = 4 * -(-values // self.block) if self.block else 0
+        return scales + -(-values * self.bits // 8)
+
+
+PACKED_FORMATS = {
+    "packed-bf16": PackedFormat(16, 0),
+    "packed-int8": PackedFormat(8, 256),
+    "packed-int4": PackedFormat(4, 64),
+}
+PACKED = "packed"
+"""Key of the one array that a packed message has."""
+BYTE = "|u1"
+"""numpy's name of its elements."""
+
+
+def packed_wire_format(name: str) -> WireFormat:
+    """Return how Flower sees the one array of a packed format."""
+    return WireFormat("uint8", f"fedtune.{name}", BYTE)
+
+
+def packed_shapes(shapes: Shapes, name: str) -> Shapes:
+    """Return the one array, by name and shape, that holds an adapter of `shapes` in a packed format."""
+    packed = PACKED_FORMATS[name]
+    return {PACKED: (sum(packed.bytes_of(prod(shape)) for shape in shapes.values()),)}
+
+
+def wire_bytes(shapes: Shapes, name: str) -> int:
+    """Return the leaderboard's count of a message with tensors of `shapes`, in a wire dtype or packed format."""
+    if name in PACKED_FORMATS:
+        return adapter_bytes(packed_shapes(shapes, name), BYTE)
+    return adapter_bytes(shapes, WIRE_FORMATS[name].npy)
+
+
 @cache
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     """Return the npy header that numpy writes in front of a C-contiguous array of `shape` and `dtype`."""
@@ -101,6 +145,13 @@ def _message_bytes(metadata: Metadata) -> int:
 def _array_record_bytes(record: ArrayRecord) -> int:
     sizes = [_flwr_array_bytes(len(one.data), one.dtype, one.shape, one.stype) for one in record.values()]
     return record_dict_bytes("ArrayRecord", list(record)) + sum(sizes)
+
+
+def wire_record_bytes(shapes: Shapes, name: str) -> int:
+    """Return the length of everything that Flower serialises for an ArrayRecord with tensors of `shapes`."""
+    if name in PACKED_FORMATS:
+        return adapter_record_bytes(packed_shapes(shapes, name), packed_wire_format(name))
+    return adapter_record_bytes(shapes, WIRE_FORMATS[name])
 
 
 def adapter_record_bytes(shapes: Shapes, form: WireFormat) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedtune.budget.count import WIRE_FORMATS, Shapes, adapter_record_bytes, object_bytes, record_dict_bytes
+from fedtune.budget.count import Shapes, object_bytes, record_dict_bytes, wire_record_bytes
+from fedtune.budget.traffic import OFFSET_STRATEGIES
 from fedtune.config.schema import FedTuneConfig
 
 _DOUBLE = 9
@@ -40,6 +41,12 @@ def message_span(config: FedTuneConfig, shapes: Shapes) -> Span:
     orders = [{"learning-rate": _DOUBLE, "server-round": _integer(number)} for number in rounds]
     if config.strategy.name == "fedprox":
         orders = [{"proximal-mu": _DOUBLE, **order} for order in orders]
+    if config.strategy.name in OFFSET_STRATEGIES:
+        a_round = config.federation.clients_per_round * config.adapter.rank
+        orders = [
+            {"offset-rank": _integer((number - 1) * a_round), **order}
+            for number, order in zip(rounds, orders, strict=True)
+        ]
     return _span(config, shapes, "config", "ConfigRecord", orders, reply=False)
 
 
@@ -70,7 +77,8 @@ def reply_span(config: FedTuneConfig, shapes: Shapes) -> Span:
 def _span(
     config: FedTuneConfig, shapes: Shapes, key: str, kind: str, records: list[dict[str, int]], *, reply: bool
 ) -> Span:
-    arrays = adapter_record_bytes(shapes, WIRE_FORMATS[config.communication.wire_dtype])
+    communication = config.communication
+    arrays = wire_record_bytes(shapes, communication.up_format if reply else communication.down_format)
     fixed = arrays + record_dict_bytes("RecordDict", ["arrays", key])
     low, high = (_record_bytes(kind, record) for record in records)
     return Span(fixed + low, fixed + high) + _metadata(config, reply=reply)

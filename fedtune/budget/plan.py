@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from fedtune.budget.count import WIRE_FORMATS, Shapes, adapter_bytes
+from fedtune.budget.count import Shapes, wire_bytes
 from fedtune.budget.envelope import Span, message_span, reply_span
+from fedtune.budget.traffic import down_shapes, kind, sample, up_shapes
 from fedtune.config.facts import known_architecture
 from fedtune.config.schema import FedTuneConfig
+
+Kind = tuple[int, int]
+"""What the shapes of a message depend on, beside the config (`traffic.kind`)."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,16 @@ class Plan:
     """Most optimiser steps of a client in a round; fewer when its rows run out first."""
     strategy: str
     wire_dtype: str
+    down_format: str
+    """How messages to clients are written: the wire dtype, or a packed codec."""
+    up_format: str
+    """How replies are written."""
     arrays: int
-    """Tensors in a message."""
+    """Tensors of the adapter."""
     parameters: int
-    """Trainable parameters of the adapter."""
+    """Parameters of the adapter."""
+    varies: bool
+    """Whether messages differ by round or client; figures of one message, client or round are then the largest."""
     message_bytes: int
     """One message to a client."""
     reply_bytes: int
@@ -49,6 +61,8 @@ class Plan:
     serialised_message: Span
     serialised_reply: Span
     serialised_round: Span
+    serialised_down: Span
+    serialised_up: Span
     serialised_total: Span
 
 
@@ -61,9 +75,9 @@ class TransferTime:
     up_s: float
     """One reply."""
     round_s: float
-    """A round, which ends with its slowest client; all have the same link here."""
+    """A round, which ends with its slowest client; all have the same link here. The largest round where they differ."""
     total_s: float
-    """The run."""
+    """The run; where clients' messages differ within a round, by their mean."""
 
 
 def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
@@ -79,35 +93,100 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
     """
     if shapes is None:
         shapes = shapes_of(config)
-    down, up = sent_shapes(config, shapes)
-    npy = WIRE_FORMATS[config.communication.wire_dtype].npy
-    message, reply = adapter_bytes(down, npy), adapter_bytes(up, npy)
+    sizes = Sizes(config, shapes)
     federation = config.federation
-    a_round = federation.clients_per_round
-    messages = a_round * federation.rounds
-    serialised_message, serialised_reply = message_span(config, down), reply_span(config, up)
+    counts = Counter(kind for number in range(1, federation.rounds + 1) for kind in sizes.kinds(number))
+    largest = max(counts, key=lambda kind: sum(sizes.of(kind)))
+    message, reply = sizes.of(largest)
+    down = sum(sizes.of(kind)[0] * count for kind, count in counts.items())
+    up = sum(sizes.of(kind)[1] * count for kind, count in counts.items())
+    spans = {
+        kind: (message_span(config, sizes.down_shapes(kind)), reply_span(config, sizes.up_shapes(kind)))
+        for kind in counts
+    }
+    rounds = {tuple(sorted(Counter(sizes.kinds(number)).items())) for number in range(1, federation.rounds + 1)}
+    largest_round = max(rounds, key=lambda drawn: sum(sum(sizes.of(kind)) * count for kind, count in drawn))
     return Plan(
         rounds=federation.rounds,
         clients=federation.clients,
-        clients_per_round=a_round,
+        clients_per_round=federation.clients_per_round,
         steps_per_round=config.training.max_steps,
         strategy=config.strategy.name,
         wire_dtype=config.communication.wire_dtype,
+        down_format=config.communication.down_format,
+        up_format=config.communication.up_format,
         arrays=len(shapes),
         parameters=sum(prod(shape) for shape in shapes.values()),
+        varies=len(counts) > 1,
         message_bytes=message,
         reply_bytes=reply,
         client_round_bytes=message + reply,
-        client_bytes=(message + reply) * messages / federation.clients,
-        round_bytes=(message + reply) * a_round,
-        down_bytes=message * messages,
-        up_bytes=reply * messages,
-        total_bytes=(message + reply) * messages,
-        serialised_message=serialised_message,
-        serialised_reply=serialised_reply,
-        serialised_round=(serialised_message + serialised_reply).times(a_round),
-        serialised_total=(serialised_message + serialised_reply).times(messages),
+        client_bytes=(down + up) / federation.clients,
+        round_bytes=sum(sum(sizes.of(kind)) * count for kind, count in largest_round),
+        down_bytes=down,
+        up_bytes=up,
+        total_bytes=down + up,
+        serialised_message=spans[largest][0],
+        serialised_reply=spans[largest][1],
+        serialised_round=_sum(_sum(spans[kind]).times(count) for kind, count in largest_round),
+        serialised_down=_sum(spans[kind][0].times(count) for kind, count in counts.items()),
+        serialised_up=_sum(spans[kind][1].times(count) for kind, count in counts.items()),
+        serialised_total=_sum(_sum(spans[kind]).times(count) for kind, count in counts.items()),
     )
+
+
+class Sizes:
+    """The leaderboard's count of every message and reply of a run in which nobody fails."""
+
+    def __init__(self, config: FedTuneConfig, shapes: Shapes) -> None:
+        """Set up for an adapter of `shapes`."""
+        self.config, self.shapes = config, shapes
+        self._places: dict[Kind, tuple[int, int]] = {}
+        self._known: dict[Kind, tuple[int, int]] = {}
+
+    def kinds(self, server_round: int) -> list[Kind]:
+        """Return the kinds of a round's messages, one a client."""
+        federation = self.config.federation
+        # Only where clients differ does it matter who is drawn.
+        by_client = self.config.strategy.name == "flexlora"
+        drawn = sample(self.config, server_round) if by_client else range(1)
+        kinds = [self._kind(server_round, partition) for partition in drawn]
+        return kinds if by_client else kinds * federation.clients_per_round
+
+    def of(self, kind: Kind) -> tuple[int, int]:
+        """Return the bytes of a message and of its reply."""
+        if kind not in self._known:
+            communication = self.config.communication
+            self._known[kind] = (
+                wire_bytes(self.down_shapes(kind), communication.down_format),
+                wire_bytes(self.up_shapes(kind), communication.up_format),
+            )
+        return self._known[kind]
+
+    def pair(self, server_round: int, partition: int) -> tuple[int, int]:
+        """Return the bytes of one client's message and reply in a round."""
+        return self.of(self._kind(server_round, partition))
+
+    def round(self, server_round: int) -> int:
+        """Return the bytes of a round, both ways."""
+        return sum(sum(self.of(kind)) for kind in self.kinds(server_round))
+
+    def down_shapes(self, kind: Kind) -> Shapes:
+        """Return what a message of a kind carries."""
+        return down_shapes(self.config, self.shapes, *self._places[kind])
+
+    def up_shapes(self, kind: Kind) -> Shapes:
+        """Return what a reply of a kind carries."""
+        return up_shapes(self.config, self.shapes, *self._places[kind])
+
+    def _kind(self, server_round: int, partition: int) -> Kind:
+        found = kind(self.config, self.shapes, server_round, partition)
+        self._places.setdefault(found, (server_round, partition))
+        return found
+
+
+def _sum(spans: Iterable[Span]) -> Span:
+    return sum(spans, start=Span(0, 0))
 
 
 def shapes_of(config: FedTuneConfig) -> Shapes:
@@ -121,14 +200,6 @@ def shapes_of(config: FedTuneConfig) -> Shapes:
     return adapter_shapes(config.model, config.adapter, known_architecture(config))
 
 
-def sent_shapes(config: FedTuneConfig, shapes: Shapes) -> tuple[Shapes, Shapes]:  # noqa: ARG001
-    """Return what a message carries down and a reply carries up, by the config's strategy.
-
-    FedAvg and FedProx send the whole adapter both ways; a strategy that sends part of it is told apart here.
-    """
-    return shapes, shapes
-
-
 def transfer_time(planned: Plan, *, uplink: float, downlink: float) -> TransferTime:
     """Return how long a plan's serialised bytes take on clients' links of `uplink` and `downlink` bytes per second.
 
@@ -136,4 +207,8 @@ def transfer_time(planned: Plan, *, uplink: float, downlink: float) -> TransferT
     """
     down_s = planned.serialised_message.high / downlink
     up_s = planned.serialised_reply.high / uplink
-    return TransferTime(down_s, up_s, down_s + up_s, (down_s + up_s) * planned.rounds)
+    if not planned.varies:
+        return TransferTime(down_s, up_s, down_s + up_s, (down_s + up_s) * planned.rounds)
+    a_round = planned.clients_per_round
+    mean_s = planned.serialised_down.high / a_round / downlink + planned.serialised_up.high / a_round / uplink
+    return TransferTime(down_s, up_s, down_s + up_s, mean_s)

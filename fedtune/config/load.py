@@ -19,7 +19,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedtune.config.facts import load_preset, table_value
-from fedtune.config.schema import FedTuneConfig, Section, StrategyOptions
+from fedtune.config.schema import FedTuneConfig
+from fedtune.config.section import Section
+from fedtune.config.strategies import StrategyOptions
 from fedtune.errors import ConfigError, Problem, UsageError
 
 Table = dict[str, Any]

@@ -9,21 +9,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fedtune.config.section import Section
+from fedtune.config.strategies import PRODUCT_STRATEGIES, FedAvg, FlexLoRA, StrategyConfig
 
 BUILTIN_TINY = "builtin:tiny"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Switch = Literal["auto", "on", "off"]
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
+Codec = Literal["none", "bf16", "int8", "int4"]
 
 
 class ModelConfig(Section):
@@ -170,6 +166,16 @@ class FederationConfig(Section):
     """The most examples that any client may claim, whatever it announces."""
     engine: Literal["in-process", "ray", "superlink"] = "in-process"
     """Where the clients run: one after another in this process, on Flower's simulation, or on a SuperLink's nodes."""
+    client_cpus: PositiveInt | None = None
+    """CPU cores of one client on the engine `ray`; None shares out the machine's."""
+    client_gpus: float | None = Field(None, ge=0)
+    """GPUs of one client on the engine `ray`, also a part of one; None is one where there is one."""
+    superlink: str | None = Field(None, min_length=1)
+    """The SuperLink that `engine = superlink` submits to: `host:port`, or the name of a connection in your Flower config."""
+    superlink_ca: str | None = Field(None, min_length=1)
+    """File with the certificate that signed the SuperLink's; without it the system's certificates are taken."""
+    superlink_insecure: bool = False
+    """Talk to a SuperLink on another machine without encryption; on this machine that goes without saying."""
 
     @model_validator(mode="after")
     def _success_is_reachable(self) -> Self:
@@ -185,35 +191,47 @@ class FederationConfig(Section):
         return max(1, int(self.clients * self.fraction + 1e-9))
 
 
-class FedAvg(Section):
-    """Federated averaging (https://arxiv.org/abs/1602.05629)."""
-
-    name: Literal["fedavg"] = "fedavg"
-    """Average of the clients' adapters, weighted by their numbers of examples."""
-
-
-class FedProx(Section):
-    """FedAvg with a proximal term on the client (https://arxiv.org/abs/1812.06127)."""
-
-    name: Literal["fedprox"]
-    """FedAvg whose clients are held near the global adapter."""
-    proximal_mu: float = Field(0.01, ge=0)
-    """Weight mu of the client's term mu/2 · ||w - w_global||²; 0 is FedAvg."""
-
-
-StrategyOptions = FedAvg | FedProx
-StrategyConfig = Annotated[StrategyOptions, Field(discriminator="name")]
-
-
 class CommunicationConfig(Section):
     """What travels, and how much of it may."""
 
     wire_dtype: Literal["float32", "bf16", "fp16"] = "float32"
     """Number format of adapters in messages; averaging is always in float32."""
-    codec: Literal["none"] = "none"
-    """Compression of adapters in messages."""
+    codec: Codec = "none"
+    """Compression of adapters in messages, both ways: `none` sends each array in `wire_dtype`; the others send one block-wise
+    quantized string of bytes, replies as differences whose rounding errors the client keeps for its next reply."""
+    uplink_codec: Codec | None = None
+    """The codec of replies, where it is another."""
+    downlink_codec: Codec | None = None
+    """The codec of messages to clients, where it is another."""
     cap_mib: float = Field(200_000.0, gt=0)
     """Most MiB of training messages, both ways; the run stops before the message that would pass it."""
+
+    @property
+    def down_format(self) -> str:
+        """How messages to clients are written: a codec, or the wire dtype where there is none."""
+        codec = self.downlink_codec or self.codec
+        return self.wire_dtype if codec == "none" else f"packed-{codec}"
+
+    @property
+    def up_format(self) -> str:
+        """How replies are written: a codec, or the wire dtype where there is none."""
+        codec = self.uplink_codec or self.codec
+        return self.wire_dtype if codec == "none" else f"packed-{codec}"
+
+
+class PrivacyConfig(Section):
+    """Client-level differential privacy of the adapter; see the concept page on what it protects and what not."""
+
+    mode: Literal["none", "central", "local"] = "none"
+    """`central`: the server clips every client's update and adds noise to their average; `local`: each client does so itself."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of a client's update, over the whole adapter."""
+    noise_multiplier: float = Field(1.0, gt=0)
+    """Standard deviation of the noise, in units of `clip`."""
+    epsilon: float = Field(8.0, gt=0)
+    """The budget: the run stops before a round that would pass it."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """Probability with which the bound may fail; well below 1 / clients."""
 
 
 class CheckpointConfig(Section):
@@ -221,6 +239,10 @@ class CheckpointConfig(Section):
 
     save_every: PositiveInt = 5
     """`peft_<round>` is written after every so many rounds and after the last."""
+
+
+_PRIVATE_STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "ffa-lora")
+"""Averages, and what follows from an average alone."""
 
 
 class FedTuneConfig(Section):
@@ -237,9 +259,29 @@ class FedTuneConfig(Section):
     federation: FederationConfig = FederationConfig()
     strategy: StrategyConfig = FedAvg()
     communication: CommunicationConfig = CommunicationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of everything random: partitions, sampling, initialisation, order of rows, dropout."""
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Self:
+        """What a strategy cannot be combined with; one sentence each, with the keys in question."""
+        name, asked = self.strategy.name, self.federation.clients_per_round
+        if name in PRODUCT_STRATEGIES and self.adapter.dora:
+            raise ValueError(f"strategy.name = {name} averages products BA and does not go with adapter.dora")
+        if isinstance(self.strategy, FlexLoRA) and max(self.strategy.ranks, default=0) > self.adapter.rank:
+            raise ValueError(f"strategy.ranks goes above adapter.rank ({self.adapter.rank})")
+        hostile = getattr(self.strategy, "malicious", 0)
+        needed = {"krum": 2 * hostile + 3, "multikrum": 2 * hostile + 3, "bulyan": 4 * hostile + 3}.get(name, 1)
+        if asked < needed:
+            raise ValueError(f"strategy.name = {name} needs {needed} clients a round, and {asked} are asked")
+        if self.privacy.mode != "none" and name not in _PRIVATE_STRATEGIES:
+            raise ValueError(
+                f"privacy.mode = {self.privacy.mode} goes with {', '.join(_PRIVATE_STRATEGIES)}, not with {name}: "
+                "its bound rests on an average of clipped updates"
+            )
+        return self
 
     def is_checkpoint(self, server_round: int) -> bool:
         """Whether `peft_<server_round>` is kept (rounds count from 1)."""

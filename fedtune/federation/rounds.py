@@ -1,40 +1,36 @@
 """The one loop: sample, send, screen, aggregate, commit; knows how to resume.
 
-Flower's own loop always begins at round 1 and goes on when every client has failed. This one drives the same public methods
-of a strategy, `configure_train` and `aggregate_train`, and commits after every round: killed at any moment, it goes on from
-the last committed round and ends with the same bytes. Everything random is a function of (seed, round, partition), so the
-state holds no generator.
+Flower's own loop always begins at round 1 and goes on when every client has failed. This one asks an algorithm what to send
+(`strategies/`), and commits after every round: killed at any moment, it goes on from the last committed round and ends with
+the same bytes. Everything random is a function of (seed, round, partition), so the state holds no generator.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from safetensors.torch import load_file, save_file
 
-from fedtune.budget.count import serialised_bytes
+from fedtune.budget.count import Shapes, serialised_bytes, wire_bytes
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines
+from fedtune.budget.traffic import sample, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import CapError, FederationError
 from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, RoundStarted, tell
-from fedtune.federation.screen import ARRAYS, METRICS, Accepted, Client, Refused, Screen, printable
-from fedtune.federation.strategies import build_strategy
-from fedtune.federation.wire import Shapes, decode, encode, message_bytes
+from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client, Expected, Refused, Screen, printable
+from fedtune.federation.strategies import build_algorithm
+from fedtune.federation.strategies.base import Outgoing, weights_of
+from fedtune.federation.wire import encode
 from fedtune.models.adapter import AdapterTensors, write_adapter
 from fedtune.runs.atomic import sync_folder, write_text
 from fedtune.runs.directory import RunDirectory, append_line, cut_to
 from fedtune.training.schedule import learning_rate
-
-_SAMPLING = 1
-"""Keeps the stream of client sampling apart from other streams of the same seed."""
 
 _POLL_S = 1.0
 
@@ -79,7 +75,7 @@ class Rounds:
         self.revision = revision
         self.tensors = initial
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
-        self.strategy: Strategy = build_strategy(config.strategy)
+        self.algorithm = build_algorithm(config, self.shapes)
         self.ledger = Ledger(run.ledger_file, config.communication.cap_mib)
         self.done = self._restore()
 
@@ -134,20 +130,21 @@ class Rounds:
         )
 
     def _exchange(self, server_round: int, chosen: Sequence[Client], rate: float) -> Iterator[Accepted | Refused]:
-        """Send the adapter to the chosen clients, and yield a verdict on each reply as it arrives."""
-        dtype = self.config.communication.wire_dtype
-        by_node = {client.node: client for client in chosen}
-        nodes = NodesOfRound(self.grid, list(by_node))
-        orders = ConfigRecord({"learning-rate": rate})
-        arrays = encode(self.tensors, "float32")
-        messages = sorted(
-            self.strategy.configure_train(server_round, arrays, orders, nodes),
-            key=lambda message: by_node[message.metadata.dst_node_id].partition,
-        )
-        outgoing = self._encode_messages(messages)
-        reply_bytes = message_bytes(self.shapes, dtype)
+        """Send each of the chosen clients what the algorithm says, and yield a verdict on each reply as it arrives."""
+        communication, timeout_s = self.config.communication, self.config.federation.client_timeout_s
+        outgoing = self.algorithm.outgoing(server_round, self.tensors, chosen)
+        messages = self._messages(server_round, outgoing, rate)
+        expected = [
+            Expected(
+                client=sent.client,
+                shapes=up_shapes(self.config, self.shapes, server_round, sent.client.partition),
+                reference=self.algorithm.reference(server_round, sent),
+            )
+            for sent in outgoing
+        ]
+        replies_bytes = sum(wire_bytes(each.shapes, communication.up_format) for each in expected)
         try:
-            self.ledger.reserve(sum(counted_bytes(message) + reply_bytes for message in outgoing))
+            self.ledger.reserve(sum(map(counted_bytes, messages)) + replies_bytes)
         except CapError as error:
             if self.done and not self.run.adapter_folder(self.done).is_dir():
                 self._save_adapter(self.done)
@@ -156,12 +153,11 @@ class Rounds:
                 f"adapter are saved.",
                 hint=f"Raise the cap and go on: fedtune train --resume {self.run.path} --set communication.cap_mib=…",
             ) from None
-        for message in outgoing:
-            partition = by_node[message.metadata.dst_node_id].partition
-            self._enter(server_round, partition, "down", message, "ok")
-        screen = Screen(server_round, by_node, self.shapes, dtype, self.config.federation.max_examples)
+        for message, each in zip(messages, expected, strict=True):
+            self._enter(server_round, each.client.partition, "down", message, "ok")
+        screen = Screen(server_round, expected, communication.up_format, self.config.federation.max_examples)
         answered = set()
-        for reply in self.grid.send_and_receive(outgoing, timeout=self.config.federation.client_timeout_s):
+        for reply in self.grid.send_and_receive(messages, timeout=timeout_s):
             verdict = screen.admit(reply)
             partition = verdict.client.partition if verdict.client else -1
             self._enter(server_round, partition, "up", reply, verdict.status)
@@ -169,32 +165,31 @@ class Rounds:
             yield verdict
         for client in chosen:
             if client.partition not in answered:
-                yield Refused(client, f"no reply within {self.config.federation.client_timeout_s:g} s", "error")
+                yield Refused(client, f"no reply within {timeout_s:g} s", "error")
 
-    def _encode_messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Put the messages' adapters into the wire dtype; messages that share a content go on sharing it."""
-        dtype = self.config.communication.wire_dtype
-        if dtype == "float32":
-            return list(messages)
-        encoded: dict[int, RecordDict] = {}
-        for message in messages:
-            content = message.content
-            if id(content) not in encoded:
-                arrays = content.array_records[ARRAYS]
-                tensors = decode(arrays, self.shapes, "float32")
-                encoded[id(content)] = RecordDict({**content, ARRAYS: encode(tensors, dtype)})
-            message.content = encoded[id(content)]
-        return list(messages)
+    def _messages(self, server_round: int, outgoing: Sequence[Outgoing], rate: float) -> list[Message]:
+        """Return a message for each client, encoded; clients that are sent the same share one content."""
+        form = self.config.communication.down_format
+        arrays: dict[int, ArrayRecord] = {}
+        contents: dict[tuple[object, ...], RecordDict] = {}
+        messages = []
+        for sent in outgoing:
+            place = id(sent.tensors)
+            if place not in arrays:
+                arrays[place] = encode(sent.tensors, form)
+            key = (place, *sent.orders.items())
+            if key not in contents:
+                orders = ConfigRecord({**sent.orders, "learning-rate": rate, "server-round": server_round})
+                contents[key] = RecordDict({ARRAYS: arrays[place], CONFIG: orders})
+            messages.append(Message(contents[key], sent.client.node, MessageType.TRAIN))
+        return messages
 
     def _aggregate(self, server_round: int, replies: Sequence[Accepted]) -> float:
-        """Let the strategy aggregate the accepted replies in partition order, in float32; return the mean loss."""
+        """Let the algorithm aggregate the accepted replies, in partition order; return the mean loss."""
         ordered = sorted(replies, key=lambda reply: reply.client.partition)
-        messages = [_for_strategy(reply) for reply in ordered]
-        arrays, metrics = self.strategy.aggregate_train(server_round, messages)
-        if arrays is None or metrics is None:
-            raise FederationError(f"The strategy aggregated nothing in round {server_round}.")
-        self.tensors = decode(_as_float32(arrays), self.shapes, "float32")
-        return float(metrics["train-loss"])  # type: ignore[arg-type]
+        self.tensors = self.algorithm.aggregate(server_round, self.tensors, ordered)
+        losses = [float(reply.metrics["train-loss"]) for reply in ordered]  # type: ignore[arg-type]
+        return sum(loss * weight for loss, weight in zip(losses, weights_of(ordered), strict=True))
 
     def _enter(self, server_round: int, partition: int, direction: str, message: Message, status: str) -> None:
         self.ledger.add(
@@ -272,6 +267,8 @@ class Rounds:
 
         def fill(folder: Path) -> None:
             save_file(self.tensors, folder / "adapter.safetensors")
+            if state := self.algorithm.state():
+                save_file(state, folder / "algorithm.safetensors")
             (folder / "progress.json").write_text(json.dumps(vars(progress)), encoding="utf-8")
 
         self.run.commit_state(server_round, fill)
@@ -279,10 +276,11 @@ class Rounds:
 
     def _save_adapter(self, server_round: int) -> None:
         folder = self.run.adapter_folder(server_round)
+        tensors, settings = self.algorithm.published(self.tensors)
         write_adapter(
             folder,
-            self.tensors,
-            self.config.adapter,
+            tensors,
+            settings,
             base_name=self.config.model.base,
             revision=self.revision,
             target_modules=self.target_modules,
@@ -296,59 +294,17 @@ class Rounds:
         if state is not None:
             progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
             self.tensors = load_file(state / "adapter.safetensors")
+            if (kept := state / "algorithm.safetensors").is_file():
+                self.algorithm.restore(load_file(kept))
         cut_to(self.run.metrics_file, progress.metrics_bytes)
         if len(self.ledger.entries) > progress.ledger_entries:
             self.ledger.mark_lost(progress.ledger_entries)
         return progress.round
 
 
-class NodesOfRound(Grid):
-    """The grid as a strategy sees it: this round's clients, nobody else, and no way to send past the ledger."""
-
-    def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
-        self._grid = grid
-        self._nodes = list(nodes)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return this round's clients."""
-        return list(self._nodes)
-
-    def set_run(self, run: object) -> None:
-        """Refused: the run is the engine's business."""
-        raise NotImplementedError("a strategy does not set the run")
-
-    @property
-    def run(self):  # type: ignore[no-untyped-def]
-        """The engine's run."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Create a message to a node."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refused: messages go through the ledger."""
-        raise NotImplementedError("a strategy sends nothing itself")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refused: messages go through the ledger."""
-        raise NotImplementedError("a strategy receives nothing itself")
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Refused: messages go through the ledger."""
-        raise NotImplementedError("a strategy sends nothing itself")
-
-
 def sample_clients(clients: Sequence[Client], config: FedTuneConfig, server_round: int) -> list[Client]:
-    """Return the clients of a round, drawn without replacement by partition id, in that order.
-
-    The draw depends on the seed and the round alone, not on node ids, which Flower makes up anew for every run.
-    """
-    generator = np.random.default_rng([_SAMPLING, config.seed, server_round])
-    drawn = generator.choice(len(clients), size=config.federation.clients_per_round, replace=False)
-    return [clients[index] for index in sorted(drawn.tolist())]
+    """Return the clients of a round, in partition order; clients stand in the order of their partitions."""
+    return [clients[index] for index in sample(config, server_round)]
 
 
 def counted_bytes(message: Message) -> int:
@@ -358,26 +314,7 @@ def counted_bytes(message: Message) -> int:
     return sum(record.count_bytes() for record in message.content.array_records.values())
 
 
-def _for_strategy(reply: Accepted) -> Message:
-    """Return the reply as a strategy wants it: float32 arrays, and of the metrics only those that are averaged."""
-    content = RecordDict(
-        {
-            ARRAYS: encode(reply.tensors, "float32"),
-            METRICS: MetricRecord({key: reply.metrics[key] for key in ("num-examples", "train-loss")}),
-        }
-    )
-    message = Message(RecordDict(), reply.client.node, MessageType.TRAIN)
-    answer = Message(content, reply_to=message)
-    answer.metadata.__dict__["_src_node_id"] = reply.client.node
-    return answer
-
-
 def _number(reply: Accepted, name: str) -> int:
     """Return one of a reply's whole numbers, 0 where the client said nothing of the kind."""
     value = reply.metrics.get(name, 0)
     return int(value) if isinstance(value, int | float) else 0
-
-
-def _as_float32(record: ArrayRecord) -> ArrayRecord:
-    """Return the strategy's arrays in float32; some strategies compute in float64."""
-    return ArrayRecord({name: Array(array.numpy().astype("<f4", copy=False)) for name, array in record.items()})

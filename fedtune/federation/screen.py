@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 
-from fedtune.budget.count import serialised_bytes
-from fedtune.federation.wire import Shapes, WireDtype, WireError, decode, message_bytes
+from fedtune.budget.count import PACKED_FORMATS, Shapes, serialised_bytes, wire_bytes
+from fedtune.federation.wire import WireError, decode
 from fedtune.models.adapter import AdapterTensors
 
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
@@ -62,48 +62,56 @@ class Refused:
     status: Literal["error", "refused"] = "refused"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What one client's reply must hold."""
+
+    client: Client
+    shapes: Shapes
+    """Names and shapes of its tensors."""
+    reference: AdapterTensors
+    """What packed tensors are differences from; those that are not in it come whole."""
+
+
 class Screen:
     """The screen of one round."""
 
-    def __init__(
-        self, server_round: int, clients: Mapping[int, Client], shapes: Shapes, dtype: WireDtype, max_examples: int
-    ) -> None:
+    def __init__(self, server_round: int, expected: Sequence[Expected], form: str, max_examples: int) -> None:
         """Set up a screen.
 
         Args:
             server_round: The round, from 1.
-            clients: The clients that were asked, by node id.
-            shapes: Names and shapes of the adapter.
-            dtype: Wire dtype that was agreed on.
+            expected: What each client that was asked is to reply.
+            form: Wire dtype or packed format that was agreed on.
             max_examples: The most examples that any client may claim.
         """
         self.server_round = server_round
-        self.clients = clients
-        self.shapes = shapes
-        self.dtype: WireDtype = dtype
+        self.expected = {each.client.node: each for each in expected}
+        self.form = form
         self.max_examples = max_examples
-        self.largest_bytes = message_bytes(shapes, dtype) + _ALLOWANCE_BYTES + 512 * len(shapes)
         self._seen: set[int] = set()
 
     def admit(self, reply: Message) -> Accepted | Refused:
         """Judge one reply; never raises on anything that a client can send."""
-        client = self.clients.get(reply.metadata.src_node_id)
-        if client is None:
+        expected = self.expected.get(reply.metadata.src_node_id)
+        if expected is None:
             return Refused(None, "this node was not asked in this round")
+        client = expected.client
         if reply.metadata.src_node_id in self._seen:
             return Refused(client, "this client has already replied in this round")
         self._seen.add(reply.metadata.src_node_id)
         if reply.has_error():
             return Refused(client, printable(reply.error.reason or "no reason given"), "error")
         try:
-            return self._accept(client, reply)
+            return self._accept(expected, reply)
         except WireError as error:
             return Refused(client, printable(str(error)))
 
-    def _accept(self, client: Client, reply: Message) -> Accepted:
-        size = serialised_bytes(reply)
-        if size > self.largest_bytes:
-            raise WireError(f"the reply is {size} bytes; at most {self.largest_bytes} were expected")
+    def _accept(self, expected: Expected, reply: Message) -> Accepted:
+        client, size = expected.client, serialised_bytes(reply)
+        largest = wire_bytes(expected.shapes, self.form) + _ALLOWANCE_BYTES + 512 * len(expected.shapes)
+        if size > largest:
+            raise WireError(f"the reply is {size} bytes; at most {largest} were expected")
         arrays, metrics = reply.content.get(ARRAYS), reply.content.get(METRICS)
         if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
             raise WireError(f"the reply lacks its {ARRAYS!r} or {METRICS!r} record")
@@ -116,11 +124,18 @@ class Screen:
         loss = metrics.get("train-loss")
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             raise WireError(f"train-loss is {loss!r}, not a finite number")
-        tensors = decode(arrays, self.shapes, self.dtype)
+        tensors = decode(arrays, expected.shapes, self.form)
+        if self.form in PACKED_FORMATS:
+            tensors = added(tensors, expected.reference)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise WireError(f"{name} holds values that are not finite")
         return Accepted(client, tensors, dict(metrics))
+
+
+def added(differences: AdapterTensors, reference: AdapterTensors) -> AdapterTensors:
+    """Return `differences` on top of `reference`; tensors that it lacks are whole as they are."""
+    return {name: tensor + reference[name] if name in reference else tensor for name, tensor in differences.items()}
 
 
 def printable(text: str, length: int = 300) -> str:

@@ -1,48 +1,58 @@
-"""Adapter <-> ArrayRecord: names, shapes and wire dtypes.
+"""Adapter <-> ArrayRecord: names, shapes, wire dtypes and codecs.
 
 float32 and fp16 travel as plain npy arrays, so that float32 messages have the very bytes that the leaderboard counts.
-bf16, which numpy lacks, travels as its 16-bit patterns under a type name of its own. Whatever arrives is compared, header
+bf16, which numpy lacks, travels as its 16-bit patterns under a type name of its own; a packed format is one array of bytes that
+holds all tensors. Whatever arrives is compared, header
 included, with the bytes that an honest sender writes, before anything is decoded: a header is never parsed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
-
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 
-from fedtune.budget.count import WIRE_FORMATS, adapter_bytes, array_bytes, npy_header
+from fedtune.budget.count import (
+    PACKED,
+    PACKED_FORMATS,
+    WIRE_FORMATS,
+    Shapes,
+    WireFormat,
+    array_bytes,
+    npy_header,
+    packed_shapes,
+    packed_wire_format,
+)
+from fedtune.federation.codec import pack, unpack
 from fedtune.models.adapter import AdapterTensors
-
-WireDtype = Literal["float32", "bf16", "fp16"]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class WireError(ValueError):
     """An array that arrived is not what was agreed on; the text is safe to log."""
 
 
-def encode(tensors: AdapterTensors, dtype: WireDtype) -> ArrayRecord:
-    """Return `tensors` (names to float32 tensors) as an ArrayRecord in `dtype`, in the tensors' order."""
-    return ArrayRecord({name: _encode_array(tensor, dtype) for name, tensor in tensors.items()})
+def encode(tensors: AdapterTensors, form: str) -> ArrayRecord:
+    """Return `tensors` (names to float32 tensors) as an ArrayRecord in a wire dtype or packed format, in the tensors' order."""
+    if form not in PACKED_FORMATS:
+        return ArrayRecord({name: _encode_array(tensor, form) for name, tensor in tensors.items()})
+    data = pack(tensors, form)
+    wire = packed_wire_format(form)
+    shape = (len(data),)
+    return ArrayRecord({PACKED: Array(wire.name, shape, wire.stype, npy_header(wire.npy, shape) + data)})
 
 
-def decode(record: ArrayRecord, shapes: Shapes, dtype: WireDtype) -> AdapterTensors:
-    """Return the adapter in `record` as float32 tensors, in the order of `shapes`.
+def decode(record: ArrayRecord, shapes: Shapes, form: str) -> AdapterTensors:
+    """Return the tensors in `record` as float32, in the order of `shapes`.
 
     Raises:
-        WireError: names, shapes, dtype or sizes are not those of `shapes` and `dtype`; said before anything is decoded.
+        WireError: names, shapes, types or sizes are not those of `shapes` and `form`; said before anything is decoded.
     """
-    check_names(set(record), set(shapes))
-    return {name: _decode_array(name, record[name], shape, dtype) for name, shape in shapes.items()}
-
-
-def message_bytes(shapes: Shapes, dtype: WireDtype) -> int:
-    """Return the leaderboard's count of one message with an adapter of `shapes` in `dtype`."""
-    return adapter_bytes(shapes, WIRE_FORMATS[dtype].npy)
+    if form not in PACKED_FORMATS:
+        check_names(set(record), set(shapes))
+        return {name: _decode_array(name, record[name], shape, form) for name, shape in shapes.items()}
+    check_names(set(record), {PACKED})
+    (shape,) = packed_shapes(shapes, form).values()
+    return unpack(_checked_bytes(PACKED, record[PACKED], shape, packed_wire_format(form)), shapes, form)
 
 
 def check_names(found: set[str], expected: set[str]) -> None:
@@ -57,7 +67,7 @@ def check_names(found: set[str], expected: set[str]) -> None:
             raise WireError(f"the adapter {what} {len(names)} of {len(expected)} arrays: {some}")
 
 
-def _encode_array(tensor: torch.Tensor, dtype: WireDtype) -> Array:
+def _encode_array(tensor: torch.Tensor, dtype: str) -> Array:
     form = WIRE_FORMATS[dtype]
     tensor = tensor.detach().to("cpu", torch.float32)
     if dtype == "bf16":
@@ -68,8 +78,20 @@ def _encode_array(tensor: torch.Tensor, dtype: WireDtype) -> Array:
     return Array(dtype=form.name, shape=tuple(tensor.shape), stype=form.stype, data=data)
 
 
-def _decode_array(name: str, array: Array, shape: tuple[int, ...], dtype: WireDtype) -> torch.Tensor:
+def _decode_array(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     form = WIRE_FORMATS[dtype]
+    values = np.frombuffer(_checked_bytes(name, array, shape, form), dtype=form.npy).reshape(shape)
+    if dtype == "bf16":
+        return torch.from_numpy(values.copy()).view(torch.bfloat16).to(torch.float32)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _checked_bytes(name: str, array: Array, shape: tuple[int, ...], form: WireFormat) -> memoryview:
+    """Return an array's elements as bytes, its npy header left out.
+
+    Raises:
+        WireError: it is no array of `shape` and `form`.
+    """
     if (array.dtype, array.stype) != (form.name, form.stype):
         raise WireError(f"{name} is {array.dtype[:20]!r} ({array.stype[:20]!r}), not {form.name!r} ({form.stype!r})")
     if tuple(array.shape) != shape:
@@ -77,7 +99,4 @@ def _decode_array(name: str, array: Array, shape: tuple[int, ...], dtype: WireDt
     header = npy_header(form.npy, shape)
     if len(array.data) != array_bytes(shape, form.npy) or not array.data.startswith(header):
         raise WireError(f"{name} holds {len(array.data)} bytes that are no {form.name} array of shape {shape}")
-    values = np.frombuffer(array.data, dtype=form.npy, offset=len(header)).reshape(shape)
-    if dtype == "bf16":
-        return torch.from_numpy(values.copy()).view(torch.bfloat16).to(torch.float32)
-    return torch.from_numpy(values.astype(np.float32))
+    return memoryview(array.data)[len(header) :]

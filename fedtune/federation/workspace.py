@@ -7,16 +7,21 @@ for the config at hand.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
+from fedtune.data.files import read_file
 from fedtune.data.partition import Partitions, load_partitions
 from fedtune.data.tokenize import TokenizedRows, tokenize_rows
+from fedtune.errors import ClientError, ConfigError
+from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.base import Base, load_base, load_tokenizer
 
 if TYPE_CHECKING:
+    import datasets
     from flwr.app import Context
 
 
@@ -46,18 +51,62 @@ class Workspace:
         """One client's rows, tokenised once a run."""
         if partition not in self._rows:
             self._rows[partition] = tokenize_rows(
-                self.partitions.rows(partition),
+                self._table(partition),
                 self.config.data,
                 load_tokenizer(self.config.model),
                 self.config.training.sequence_length,
             )
         return self._rows[partition]
 
+    def _table(self, partition: int) -> datasets.Dataset:
+        return self.partitions.rows(partition)
+
+
+class NodeWorkspace(Workspace):
+    """A data owner's: whatever number the client has, its rows are all rows of the owner's file, in the file's order."""
+
+    def rows(self, partition: int) -> TokenizedRows:
+        """All rows of the owner's file.
+
+        Raises:
+            ClientError: the run's templates name columns that the file lacks, or no row has anything to learn from.
+        """
+        try:
+            rows = super().rows(partition)
+        except ConfigError as error:
+            if not any(problem.path.startswith("data.") for problem in error.problems):
+                raise
+            raise ClientError("The run's templates name columns that this node's data does not have.") from error
+        if not len(rows):
+            raise ClientError("No row of this node's data has anything to learn from.")
+        return rows
+
+    def _table(self, partition: int) -> datasets.Dataset:  # noqa: ARG002
+        return read_file(Path(str(self.config.data.source)))
+
+
+def workspace_of_client(context: Context) -> Workspace:
+    """Return this process's workspace for a client: on a data owner's node, of the owner's own file and base model.
+
+    Raises:
+        ClientError: the node does not take part in this run (see `config_on_node`).
+    """
+    settings = context.node_config.get(NODE_KEY)
+    if settings is None:
+        return workspace_of(config_json_of(context))
+    server_version = str(context.run_config.get("fedtune-version", ""))
+    return _node_workspace(config_json_of(context), server_version, str(settings))
+
 
 @lru_cache(maxsize=1)
 def workspace_of(config_json: str) -> Workspace:
     """Return this process's workspace for a config, given as the JSON string that travels."""
     return Workspace(FedTuneConfig.model_validate_json(config_json, strict=True))
+
+
+@lru_cache(maxsize=1)
+def _node_workspace(config_json: str, server_version: str, settings: str) -> NodeWorkspace:
+    return NodeWorkspace(config_on_node(config_json, server_version, NodeSettings.from_json(settings)))
 
 
 def config_json_of(context: Context) -> str:

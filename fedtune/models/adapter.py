@@ -60,6 +60,7 @@ class AdaptedModel:
         """PEFT's PeftModel around `base.model`."""
         self.peft_config: Any = model.peft_config["default"]
         self._parameters = saved_parameters(model)
+        self._offset_hooks: list[Any] = []
         self.from_base = {key: tensor for key, tensor in self.tensors().items() if not _is_lora_matrix(key)}
         """What starts as the base has it: modules to save, and DoRA's magnitudes, the norms of its weights' rows."""
 
@@ -76,6 +77,10 @@ class AdaptedModel:
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the adapter's own parameters (float32, on the base's device), in key order."""
         return list(self._parameters.values())
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return them by key."""
+        return dict(self._parameters)
 
     def tensors(self) -> AdapterTensors:
         """Return a copy of the adapter: float32, on the CPU."""
@@ -98,11 +103,42 @@ class AdaptedModel:
         with self.model.disable_adapter():
             yield
 
+    def set_offset(self, offset: Mapping[str, torch.Tensor]) -> None:
+        """Add `offset` to the base's weights while the model computes, in place of what was added before; {} adds nothing.
+
+        Args:
+            offset: of a module either `{module}.offset` (out_features, in_features), or the product of
+                `{module}.offset_B` (out_features, R) and `{module}.offset_A` (R, in_features); on the CPU.
+        """
+        for handle in self._offset_hooks:
+            handle.remove()
+        self._offset_hooks = []
+        for name, tensor in offset.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "offset_A":
+                continue
+            factors = [tensor] if kind == "offset" else [offset[f"{module}.offset_A"], tensor]
+            on_device = [factor.to(self.base.device) for factor in factors]
+            self._offset_hooks.append(self.model.get_submodule(module).register_forward_hook(_adding(on_device)))
+
     def detach(self) -> Base:
         """Take the adapter off and return the base, free for another; this object is of no further use."""
+        self.set_offset({})
         self.model.unload()
         self._parameters = {}
         return self.base
+
+
+def _adding(factors: list[torch.Tensor]) -> Any:
+    """Return a forward hook that adds the input times the factors, one after another, to a linear module's output."""
+
+    def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        added = inputs[0]
+        for factor in factors:
+            added = torch.nn.functional.linear(added.to(factor.dtype), factor)
+        return output + added.to(output.dtype)
+
+    return hook
 
 
 def attach(base: Base, adapter: AdapterConfig) -> AdaptedModel:
@@ -225,7 +261,9 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tupl
         )
 
 
-def initial_tensors(adapter: AdaptedModel | Mapping[str, tuple[int, ...]], seed: int) -> AdapterTensors:
+def initial_tensors(
+    adapter: AdaptedModel | Mapping[str, tuple[int, ...]], seed: int, server_round: int = 0
+) -> AdapterTensors:
     """Return the adapter that a run starts from, a pure function of names, shapes and seed.
 
     A is uniform within ±1/sqrt(in_features), PEFT's Kaiming initialisation, and B is zero: the adapted model starts as
@@ -234,6 +272,7 @@ def initial_tensors(adapter: AdaptedModel | Mapping[str, tuple[int, ...]], seed:
     Args:
         adapter: the attached model, or its adapter's shapes by name.
         seed: the run's seed; the state of torch's own generators and the device do not matter.
+        server_round: for strategies that start anew in every round, the round; 0 for a run's first adapter.
     """
     shapes = adapter.shapes if isinstance(adapter, AdaptedModel) else adapter
     tensors = {}
@@ -243,7 +282,8 @@ def initial_tensors(adapter: AdaptedModel | Mapping[str, tuple[int, ...]], seed:
                 raise ValueError(f"{key} follows from the base: give the attached model")
             tensors[key] = adapter.from_base[key].clone()
         elif ".lora_A." in key:  # (rank, in_features)
-            entropy = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+            stream = f"{seed}:{server_round}:{key}" if server_round else f"{seed}:{key}"
+            entropy = hashlib.sha256(stream.encode()).digest()
             uniform = np.random.default_rng(list(entropy)).random(shape, dtype=np.float32)
             tensors[key] = torch.from_numpy((uniform * 2 - 1) / np.float32(shape[1] ** 0.5))
         else:  # (out_features, rank)

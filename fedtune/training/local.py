@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,8 @@ def train_locally(
     learning_rate: float,
     seed: Sequence[int],
     proximal_mu: float = 0.0,
+    trained: Collection[str] | None = None,
+    adjust: Callable[[Mapping[str, torch.nn.Parameter]], None] | None = None,
     gradient_checkpointing: Switch = "auto",
     on_step: Callable[[StepReport], None] | None = None,
     timeout_s: float | None = None,
@@ -97,6 +99,8 @@ def train_locally(
         learning_rate: of the whole round.
         seed: of the dropout; torch's own generators are left as they were.
         proximal_mu: FedProx's weight of mu/2 · ||w - w_start||² (https://arxiv.org/abs/1812.06127).
+        trained: names of the adapter's tensors that are trained; the others stay as they are. None trains all.
+        adjust: is given the trained parameters after every step's gradient is computed, and may change the gradient.
         gradient_checkpointing: `auto` turns it on when memory is short.
         on_step: is called after every step.
         timeout_s: longest duration; looked at between steps.
@@ -108,13 +112,16 @@ def train_locally(
     if not steps:
         raise ClientError("This client has no rows to train on.")
     started = time.monotonic()
-    parameters = adapted.parameters()
+    named = {
+        name: parameter for name, parameter in adapted.named_parameters().items() if trained is None or name in trained
+    }
+    parameters = list(named.values())
     start = [parameter.detach().clone() for parameter in parameters] if proximal_mu else []
     optimizer = make_optimizer(parameters, training, learning_rate)
     gradients = _Gradients(adapted, parameters, gradient_checkpointing)
     losses: list[float] = []
     row_count = token_count = response_count = 0
-    with _training(adapted, seed):
+    with _training(adapted, seed), _frozen(adapted, named):
         for number, indices in enumerate(steps, start=1):
             began = time.monotonic()
             if timeout_s is not None and began - started > timeout_s:
@@ -127,6 +134,8 @@ def train_locally(
             loss = gradients.compute(ids, prompts, responses)
             if proximal_mu:
                 _add_proximal_term(parameters, start, proximal_mu)
+            if adjust is not None:
+                adjust(named)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             # The only wait for the GPU in a step, and in time: what is not finite never reaches the weights.
             loss_value, norm_value = torch.stack([loss, norm]).tolist()
@@ -247,6 +256,19 @@ def _training(adapted: AdaptedModel, seed: Sequence[int]) -> Iterator[None]:
             adapted.model.eval()
             for parameter in adapted.parameters():
                 parameter.grad = None
+
+
+@contextmanager
+def _frozen(adapted: AdaptedModel, trained: Collection[str]) -> Iterator[None]:
+    """Compute no gradients for the adapter's other tensors inside."""
+    others = [parameter for name, parameter in adapted.named_parameters().items() if name not in trained]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.budget.count import Shapes
 from fedtune.budget.ledger import Entry, read_ledger
+from fedtune.budget.traffic import down_shapes, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.federation.engines.in_process import InProcessGrid
 from fedtune.federation.rounds import Rounds
@@ -37,7 +38,6 @@ class KilledError(BaseException):
 def client_app(config: FedTuneConfig, shapes: Shapes, faults: Faults) -> ClientApp:
     """Return an app that sends the adapter back with metrics named as the real client names them."""
     app = ClientApp()
-    dtype = config.communication.wire_dtype
 
     @app.query()
     def describe(message: Message, context: Context) -> Message:
@@ -56,7 +56,10 @@ def client_app(config: FedTuneConfig, shapes: Shapes, faults: Faults) -> ClientA
             raise KilledError
         if fault == "error":
             raise RuntimeError
-        tensors = decode(message.content.array_records[ARRAYS], shapes, dtype)
+        communication = config.communication
+        received = down_shapes(config, shapes, server_round, partition, int(orders.get("offset-rank", 0)))  # type: ignore[arg-type]
+        decode(message.content.array_records[ARRAYS], received, communication.down_format)
+        sent = {name: torch.zeros(shape) for name, shape in up_shapes(config, shapes, server_round, partition).items()}
         chance = random.Random(f"{partition} {server_round}")
         steps = chance.randint(1, config.training.max_steps)
         rows = steps * config.training.rows_per_step
@@ -73,7 +76,8 @@ def client_app(config: FedTuneConfig, shapes: Shapes, faults: Faults) -> ClientA
                 "seconds": chance.random(),
             }
         )
-        return Message(RecordDict({ARRAYS: encode(tensors, dtype), METRICS: metrics}), reply_to=message)
+        reply = encode(sent, communication.up_format)
+        return Message(RecordDict({ARRAYS: reply, METRICS: metrics}), reply_to=message)
 
     return app
 

@@ -18,8 +18,9 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import CapError, FederationError
 from fedtune.federation.engines.in_process import InProcessGrid
 from fedtune.federation.events import Event, ReplyArrived, listening
-from fedtune.federation.rounds import NodesOfRound, Rounds, sample_clients
+from fedtune.federation.rounds import Rounds, sample_clients
 from fedtune.federation.screen import ARRAYS, METRICS, Client
+from fedtune.federation.strategies.flower import NodesOfRound
 from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import RunDirectory
 
@@ -263,7 +264,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
 
 
 def test_a_strategy_cannot_send_past_the_ledger() -> None:
-    nodes = NodesOfRound(InProcessGrid(client_app(), 3, {}), [2, 4])
+    nodes = NodesOfRound([2, 4])
     assert list(nodes.get_node_ids()) == [2, 4]
     for call in (nodes.push_messages, nodes.send_and_receive, nodes.pull_messages):
         with pytest.raises(NotImplementedError):

@@ -7,7 +7,8 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.federation.wire import WireError, decode, encode, message_bytes
+from fedtune.budget.count import wire_bytes
+from fedtune.federation.wire import WireError, decode, encode
 
 SHAPES = st.dictionaries(
     st.text(min_size=1, max_size=30),
@@ -34,7 +35,7 @@ def test_round_trip(shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
     for name, tensor in tensors.items():
         assert back[name].dtype == torch.float32
         assert torch.equal(back[name], tensor.to(rounded).to(torch.float32))
-    assert record.count_bytes() == message_bytes(shapes, dtype)  # type: ignore[arg-type]
+    assert record.count_bytes() == wire_bytes(shapes, dtype)
 
 
 def test_float32_has_flowers_own_bytes() -> None:

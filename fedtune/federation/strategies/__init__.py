@@ -1,20 +1,19 @@
-"""One file per algorithm, named as `strategy.name` names it; each builds a Flower strategy from its options."""
+"""One file per algorithm, named as `strategy.name` names it; each has a `build(config, shapes)`."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedtune.config.schema import StrategyOptions
+from fedtune.budget.count import Shapes
+from fedtune.config.schema import FedTuneConfig
 
 if TYPE_CHECKING:
-    from flwr.serverapp.strategy import Strategy
+    from fedtune.federation.strategies.base import Algorithm
 
 
-def build_strategy(options: StrategyOptions) -> Strategy:
-    """Return the Flower strategy that `options` describe.
-
-    Sampling is not its business: it is shown a grid with this round's clients only, and takes all of them.
-    """
-    strategy: Strategy = import_module(f"{__name__}.{options.name}").build(options)
-    return strategy
+def build_algorithm(config: FedTuneConfig, shapes: Shapes) -> Algorithm:
+    """Return the algorithm that `config` names, for an adapter of `shapes`."""
+    module = import_module(f"{__name__}.{config.strategy.name.replace('-', '_')}")
+    algorithm: Algorithm = module.build(config, shapes)
+    return algorithm

@@ -6,24 +6,14 @@ is (1 · 0.0 + 3 · 4.0) / 4 = 3.0.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from flwr.serverapp.strategy import FedAvg
 
-from flwr.serverapp.strategy import FedAvg, Strategy
-
-from fedtune.config.schema import FedAvg as Options
-
-
-class Everyone(TypedDict):
-    """Settings of Flower's sampling that make a strategy take every node that it is shown."""
-
-    fraction_train: float
-    min_train_nodes: int
-    min_available_nodes: int
+from fedtune.budget.count import Shapes
+from fedtune.config.schema import FedTuneConfig
+from fedtune.federation.strategies.base import Algorithm
+from fedtune.federation.strategies.flower import EVERYONE, OnFlower
 
 
-EVERYONE = Everyone(fraction_train=1.0, min_train_nodes=1, min_available_nodes=1)
-
-
-def build(options: Options) -> Strategy:  # noqa: ARG001 (FedAvg has no options)
+def build(config: FedTuneConfig, shapes: Shapes) -> Algorithm:
     """Return Flower's FedAvg."""
-    return FedAvg(**EVERYONE)
+    return OnFlower(config, shapes, FedAvg(**EVERYONE))

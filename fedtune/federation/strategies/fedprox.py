@@ -7,12 +7,17 @@ Li et al., https://arxiv.org/abs/1812.06127. Flower's strategy only sends mu; th
 
 from __future__ import annotations
 
-from flwr.serverapp.strategy import FedProx, Strategy
+from flwr.serverapp.strategy import FedProx
 
-from fedtune.config.schema import FedProx as Options
-from fedtune.federation.strategies.fedavg import EVERYONE
+from fedtune.budget.count import Shapes
+from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies import FedProx as Options
+from fedtune.federation.strategies.base import Algorithm
+from fedtune.federation.strategies.flower import EVERYONE, OnFlower
 
 
-def build(options: Options) -> Strategy:
+def build(config: FedTuneConfig, shapes: Shapes) -> Algorithm:
     """Return Flower's FedProx with the config's mu."""
-    return FedProx(**EVERYONE, proximal_mu=options.proximal_mu)
+    options = config.strategy
+    assert isinstance(options, Options)
+    return OnFlower(config, shapes, FedProx(**EVERYONE, proximal_mu=options.proximal_mu))

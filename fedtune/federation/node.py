@@ -1,0 +1,116 @@
+"""What a data owner decides, and what of the server's config is left of it: no path, no code, no version but the owner's.
+
+The owner's decisions travel in the node's own config, which a server cannot write, to wherever its ClientApp runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+from pydantic import ValidationError
+
+from fedtune.config.schema import BUILTIN_TINY, DataConfig, FedTuneConfig, ModelConfig
+from fedtune.errors import ClientError
+
+NODE_KEY = "fedtune-node"
+"""Key of a node's config that holds the owner's decisions, as JSON."""
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What the owner of a node's data has decided."""
+
+    data: str
+    """Absolute path of the data file; all its rows are this node's share."""
+    base: str
+    """The base model: an absolute folder, a hub id, or `builtin:tiny`."""
+    revision: str | None = None
+    """The base model's only permitted commit, branch or tag; None leaves it to the run."""
+    trust_remote_code: bool = False
+    """Whether a run may ask for the base model's own code, at `revision`."""
+    instruction: str | None = None
+    """Template of the instruction in terms of this file's columns; None takes the run's."""
+    response: str | None = None
+    """Template of the response in terms of this file's columns; None takes the run's."""
+    state: str | None = None
+    """Absolute path of a folder in which the client may keep what it needs between rounds; None: only while the run lasts."""
+    max_seconds: float | None = None
+    """The longest training that this node gives to one round; None takes the run's."""
+
+    def to_json(self) -> str:
+        """Return the settings as `from_json` reads them."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeSettings:
+        """Return the settings that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base model as far as the owner decides on it."""
+        return ModelConfig(base=self.base, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+
+def config_on_node(text: str, server_version: str, settings: NodeSettings) -> FedTuneConfig:
+    """Return the run's config as it holds on a node.
+
+    Whatever names a place or allows code is the owner's; the rest is the run's.
+
+    Args:
+        text: The run's config, as the JSON that travels.
+        server_version: The server's version of fedtune, empty where it does not say.
+        settings: What the owner decided.
+
+    Raises:
+        ClientError: another version of fedtune or another base model is asked for, the base model's code is to be run without
+            leave, or the config is none. Its text holds nothing of the owner's.
+    """
+    ours = version("fedtune")
+    if server_version and server_version != ours:
+        raise ClientError(f"The run is of fedtune {server_version}, this node has {ours}.")
+    try:
+        config = FedTuneConfig.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ClientError(f"The run's config is none that fedtune {ours} accepts; see {where or 'its JSON'}.") from None
+    return config.model_copy(
+        update={
+            "model": _model(config.model, settings),
+            # Made anew rather than copied: an option of the data that comes later is not the server's unless named here.
+            "data": DataConfig(
+                source=settings.data,
+                instruction=settings.instruction or config.data.instruction,
+                response=settings.response or config.data.response,
+                reshuffle=config.data.reshuffle,
+            ),
+            "federation": config.federation.model_copy(
+                update={
+                    "client_timeout_s": min(config.federation.client_timeout_s, settings.max_seconds or float("inf"))
+                }
+            ),
+        }
+    )
+
+
+def _model(asked: ModelConfig, settings: NodeSettings) -> ModelConfig:
+    if _is_name(asked.base) and _is_name(settings.base) and asked.base != settings.base:
+        raise ClientError(f"The run's base model is {asked.base}, which this node does not offer.")
+    if settings.revision and asked.revision and asked.revision != settings.revision:
+        raise ClientError(f"The run's base model is at revision {asked.revision}, which this node does not offer.")
+    revision = settings.revision or asked.revision
+    if asked.trust_remote_code and not (settings.trust_remote_code and revision == settings.revision):
+        raise ClientError("The run asks for the base model's own code, which this node does not run.")
+    return asked.model_copy(update={"base": settings.base, "revision": revision})
+
+
+def _is_name(base: str) -> bool:
+    """Whether a base model is named, built in or on the hub, rather than a folder's path."""
+    return base == BUILTIN_TINY or not (base.startswith((".", "/", "~")) or base.count("/") > 1 or "\\" in base)
+
+
+def error_text(error: BaseException) -> str:
+    """Return what of an error may leave a node: a ClientError's text, or the bare name of another exception's class."""
+    return str(error) if isinstance(error, ClientError) else type(error).__name__
