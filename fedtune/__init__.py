@@ -5,6 +5,7 @@ The Python API; nothing heavy is loaded before one of these is called:
     >>> import fedtune
     >>> config = fedtune.load_config(challenge="tiny").config
     >>> result = fedtune.train(config)
+    >>> fedtune.export_folder(fedtune.open_run(str(result.run)), Path("my-adapter"))
 """
 
 from __future__ import annotations
@@ -16,15 +17,41 @@ if TYPE_CHECKING:
     from fedtune.budget.plan import plan
     from fedtune.config.load import load_config
     from fedtune.config.schema import FedTuneConfig
+    from fedtune.evaluation.evaluate import EvalSettings, evaluate
+    from fedtune.export.finished import open_run
+    from fedtune.export.folder import export_folder
+    from fedtune.export.hub import publish
+    from fedtune.export.merged import export_merged
+    from fedtune.export.submission import export_submission
     from fedtune.federation.train import TrainResult, train
 
-__all__ = ["FedTuneConfig", "TrainResult", "load_config", "plan", "train"]
+__all__ = [
+    "EvalSettings",
+    "FedTuneConfig",
+    "TrainResult",
+    "evaluate",
+    "export_folder",
+    "export_merged",
+    "export_submission",
+    "load_config",
+    "open_run",
+    "plan",
+    "publish",
+    "train",
+]
 
 _HOMES = {
+    "EvalSettings": "fedtune.evaluation.evaluate",
     "FedTuneConfig": "fedtune.config.schema",
     "TrainResult": "fedtune.federation.train",
+    "evaluate": "fedtune.evaluation.evaluate",
+    "export_folder": "fedtune.export.folder",
+    "export_merged": "fedtune.export.merged",
+    "export_submission": "fedtune.export.submission",
     "load_config": "fedtune.config.load",
+    "open_run": "fedtune.export.finished",
     "plan": "fedtune.budget.plan",
+    "publish": "fedtune.export.hub",
     "train": "fedtune.federation.train",
 }
 

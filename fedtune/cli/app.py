@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli import budget, train
+from fedtune.cli import budget, export, node, train
 from fedtune.cli import eval as evaluation
 
 app = typer.Typer(
@@ -39,6 +39,8 @@ def fedtune(
 app.command("train")(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("budget")(budget.budget)
+app.command("export")(export.export)
+app.command("node")(node.node)
 
 
 def main() -> None:

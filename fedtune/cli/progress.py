@@ -55,6 +55,7 @@ class TrainProgress:
         self.done = 0
         self.loss = ""
         self.used = 0.0
+        self.spent = ""
         self.client = ""
         self.recent: deque[tuple[int, float]] = deque(maxlen=20)
         self.round_seconds: deque[float] = deque(maxlen=10)
@@ -98,6 +99,8 @@ class TrainProgress:
         if seconds := sum(seconds for _, seconds in self.recent):
             parts.append(f"{sum(tokens for tokens, _ in self.recent) / seconds:,.0f} tokens/s")
         parts.append(f"{self.used:,.2f} of {self.config.communication.cap_mib:,.0f} MiB")
+        if self.spent:
+            parts.append(self.spent)
         if self.round_seconds:
             left = self.config.federation.rounds - self.done
             parts.append(f"{format_seconds(left * sum(self.round_seconds) / len(self.round_seconds))} left")
@@ -135,12 +138,16 @@ class TrainProgress:
     def _round(self, event: RoundDone) -> None:
         self.done = event.round
         self.used = to_mib(event.used_bytes)
+        privacy = self.config.privacy
+        if event.epsilon is not None:
+            self.spent = f"epsilon {event.epsilon:.2f} of {privacy.epsilon:g} at delta {privacy.delta:g}"
         self.round_seconds.append(event.seconds)
         if not self.live:
             rate = event.tokens / event.seconds if event.seconds else 0.0
             self._say(
-                f"{time.strftime('%H:%M:%S')} round {event.round}/{self.config.federation.rounds}: loss {event.loss:.4f}, "
-                f"{event.accepted} of {event.asked} clients, {rate:,.0f} tokens/s, {self.used:,.2f} MiB"
+                f"{time.strftime('%H:%M:%S')} round {event.round}/{self.config.federation.rounds}: "
+                f"{'' if event.loss is None else f'loss {event.loss:.4f}, '}{event.accepted} of {event.asked} clients, "
+                f"{rate:,.0f} tokens/s, {self.used:,.2f} MiB{', ' if self.spent else ''}{self.spent}"
             )
 
 

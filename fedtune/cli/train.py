@@ -12,6 +12,7 @@ from fedtune.cli.console import guarded, note, print_data, print_json, stderr
 
 if TYPE_CHECKING:
     from fedtune.config.load import ResolvedConfig
+    from fedtune.config.schema import FedTuneConfig
     from fedtune.federation.train import TrainResult
 
 
@@ -24,7 +25,20 @@ def train(
     data: options.Data = None,
     out: options.Out = Path("runs"),
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="NAME", help="Where the clients run: in-process.")
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="Where the clients run: in-process, ray or superlink."),
+    ] = None,
+    superlink: Annotated[
+        str | None,
+        typer.Option(
+            "--superlink",
+            metavar="ADDRESS",
+            help="The SuperLink to submit to: HOST:PORT, or a name in your Flower config.",
+        ),
+    ] = None,
+    superlink_ca: Annotated[
+        Path | None,
+        typer.Option("--superlink-ca", metavar="FILE", help="The certificate that signed the SuperLink's."),
     ] = None,
     resume: Annotated[
         str | None,
@@ -50,9 +64,9 @@ def train(
         challenge=challenge,
         recipe=recipe,
         config=config,
-        settings=set_,
+        settings=[*(set_ or []), *_superlink_settings(superlink, superlink_ca)],
         data=data,
-        engine=engine,
+        engine=engine or ("superlink" if superlink else None),
         first_files=[run.config_file] if run else None,
     )
     if dry_run:
@@ -84,6 +98,14 @@ def train(
     comparison = _compare(resolved, result, quiet=json) if baselines else None
     if json:
         print_json({"result": result, **({"baselines": comparison} if comparison else {})})
+
+
+def _superlink_settings(address: str | None, ca: Path | None) -> list[str]:
+    """Return the options that say where the SuperLink is, as settings."""
+    from json import dumps
+
+    given = {"superlink": address, "superlink_ca": ca and str(ca.expanduser().resolve())}
+    return [f"federation.{key}={dumps(value)}" for key, value in given.items() if value is not None]
 
 
 def _show_plan(resolved: ResolvedConfig, as_json: bool) -> None:
@@ -130,8 +152,26 @@ def _show_plan(resolved: ResolvedConfig, as_json: bool) -> None:
     if published:
         scores = ", ".join(f"{name} {value}" for name, value in published["scores"].items())
         lines.append(f"published for {config.recipe}: {scores}; communication {published['budget_mib']} MiB")
-    lines += eligibility_lines(reasons)
+    lines += [*_privacy_lines(config), *eligibility_lines(reasons)]
     print_data(to_toml(resolved) + "\n" + "".join(f"# {line}\n" for line in lines))
+
+
+def _privacy_lines(config: FedTuneConfig) -> list[str]:
+    """Return what the plan costs in privacy; nothing where none is asked for."""
+    privacy = config.privacy
+    if privacy.mode == "none":
+        return []
+    from fedtune.federation.privacy import Accountant
+
+    accountant, rounds = Accountant(config), config.federation.rounds
+    spent = accountant.epsilon_after(accountant.participations(rounds))
+    lines = [f"{privacy.mode} privacy: epsilon {spent:.2f} at delta {privacy.delta:g} after {rounds} rounds"]
+    if spent > privacy.epsilon:
+        lines.append(
+            f"the budget, privacy.epsilon = {privacy.epsilon:g}, ends the run after {accountant.rounds_within()} rounds; "
+            f"privacy.noise_multiplier = {accountant.noise_needed():g} would last for all"
+        )
+    return lines
 
 
 def eligibility_lines(reasons: tuple[str, ...] | None) -> list[str]:
@@ -150,7 +190,7 @@ def _show_result(resolved: ResolvedConfig, result: TrainResult) -> None:
     table = Table(show_header=False, title="Run", title_justify="left")
     rows: list[tuple[str, Any]] = [
         ("rounds", result.rounds),
-        ("training loss", f"{result.first_loss:.4f} → {result.last_loss:.4f}"),
+        ("training loss", _losses(result)),
         ("communication", f"{to_mib(result.used_bytes):,.2f} of {cap:,.0f} MiB"),
         ("rows seen", f"{result.share_seen:.1%} of all clients' rows"),
         ("replies left out", result.refused),
@@ -165,12 +205,20 @@ def _show_result(resolved: ResolvedConfig, result: TrainResult) -> None:
     print_data(f"{result.adapter}\n")
 
 
+def _losses(result: TrainResult) -> str:
+    if result.first_loss is None or result.last_loss is None:
+        return "not told: privacy.mode is local"
+    return f"{result.first_loss:.4f} → {result.last_loss:.4f}"
+
+
 def _check_baselines(resolved: ResolvedConfig) -> None:
     """Refuse --baselines before an hour of training when nothing could be scored afterwards."""
     from fedtune.config.facts import load_preset
     from fedtune.errors import UsageError
 
     challenge = resolved.config.challenge
+    if resolved.config.federation.engine == "superlink":
+        raise UsageError("--baselines trains on the clients' data, which is not here.", hint="Leave it out.")
     if challenge is None or load_preset("challenge", challenge).leaderboard:
         raise UsageError(
             "--baselines scores on the challenge's own test set, which only tiny ships.",

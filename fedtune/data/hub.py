@@ -1,15 +1,11 @@
 """Hub data sets through `flwr_datasets.FederatedDataset`: a preflight that answers soon, the load, the local cache.
 
-The hub's own clients retry an unreachable hub for minutes; the preflight asks once, with a deadline over everything,
-name resolution included, and tells apart what a user can do about it.
+The hub's own clients retry an unreachable hub for minutes; the preflight asks once.
 """
 
 from __future__ import annotations
 
-import os
-import queue
 import re
-import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,19 +15,10 @@ import httpx
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub.errors import RevisionResolutionError
 
 from fedtune.errors import MissingError, UsageError
-
-PREFLIGHT_S = 6.0
-"""Deadline of the preflight in seconds; `HF_HUB_ETAG_TIMEOUT`, the hub client's own variable, sets another."""
+from fedtune.hub import UnreachableError, ask_about
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -87,8 +74,8 @@ def _find_copy(source: str, revision: str | None, endpoint: str, cache_folder: P
     if revision in cached:
         return HubCopy(revision, cached[revision])
     try:
-        commit = _ask_in_time(source, revision, endpoint)
-    except _Unreachable as error:
+        commit = ask_about("data set", source, lambda: _ask(source, revision, endpoint), revision)
+    except UnreachableError as error:
         known = next(iter(cached), None) if revision is None else _remembered(source, revision)
         if known in cached:
             return HubCopy(known, cached[known])
@@ -142,35 +129,6 @@ def read_cached(source: str, folder: Path, split: str) -> datasets.Dataset:
     return builder.as_dataset(split)
 
 
-class _Unreachable(Exception):  # noqa: N818
-    """The hub gave no answer; the text says why, to follow "and"."""
-
-
-def _ask_in_time(source: str, revision: str | None, endpoint: str) -> str:
-    """Ask the hub for the commit, within the deadline whatever the network does.
-
-    A thread because neither name resolution nor a slow trickle of bytes minds the HTTP client's timeouts; a daemon,
-    so that a hanging one does not keep the process alive.
-    """
-    seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if os.environ.get("HF_HUB_ETAG_TIMEOUT") else PREFLIGHT_S
-    answers: queue.Queue[str | Exception] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            answers.put(_ask(source, revision, endpoint))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, name="hub-preflight", daemon=True).start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise _Unreachable(f"the hub at {endpoint} did not answer within {seconds:g} s") from None
-    if isinstance(answer, Exception):
-        raise _explained(answer, source, revision, endpoint) from answer
-    return answer
-
-
 def _ask(source: str, revision: str | None, endpoint: str) -> str:
     api = HfApi(endpoint=endpoint)
     # This call also notes the commit in the cache, so that a named revision is known without the hub later.
@@ -178,39 +136,6 @@ def _ask(source: str, revision: str | None, endpoint: str) -> str:
     if api.dataset_info(source, revision=commit).gated:
         api.auth_check(source, repo_type="dataset")
     return commit
-
-
-def _explained(error: Exception, source: str, revision: str | None, endpoint: str) -> Exception:
-    """Return what the user is told for what the hub client raised."""
-    where = f"at {endpoint}"
-    if isinstance(error, GatedRepoError):
-        return MissingError(
-            f"The data set {source} {where} is gated.",
-            hint=f"Ask for access at {endpoint}/datasets/{source}, then type: hf auth login",
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return MissingError(f"The data set {source} {where} has no revision {revision}.", hint="Check data.revision.")
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    bad_token = isinstance(error, HfHubHTTPError) and "credentials" in error.response.headers.get("X-Error-Message", "")
-    # Without a token the hub answers 401 for what does not exist and for what is private alike.
-    if isinstance(error, RepositoryNotFoundError) or status == 404 or (status == 401 and not bad_token):
-        return MissingError(
-            f"There is no data set {source} {where}, or it is private.",
-            hint="Check data.source; for a private one type: hf auth login",
-        )
-    if status in (401, 403):
-        return MissingError(
-            f"The hub {where} refuses your token for the data set {source}.", hint="Type: hf auth login"
-        )
-    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return _Unreachable("HF_HUB_OFFLINE keeps the hub out")
-    if status is None and isinstance(error.__cause__, HfHubHTTPError):
-        status = error.__cause__.response.status_code
-    if status is not None:
-        return _Unreachable(f"the hub {where} answers with status {status}")
-    if isinstance(error, RevisionResolutionError | httpx.HTTPError | OSError):
-        return _Unreachable(f"the hub {where} cannot be reached")
-    return _Unreachable(f"what answers {where} is no hub ({type(error).__name__})")
 
 
 def _remembered(source: str, revision: str) -> str | None:

@@ -20,6 +20,9 @@ from fedtune.runs.directory import RUNS, RunDirectory, file_sha256, find_run
 Record = Mapping[str, Any]
 """One result as `results.json` holds it."""
 
+_KEYS = {"subject", "bench", "protocol", "mode", "accuracy", "n", "k", "interval_95", "unparsed"}
+"""What every result has."""
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -82,12 +85,12 @@ class FinishedRun:
     def complete_results(self) -> list[Record]:
         """Those on whole benchmarks by the leaderboard's protocol, one a benchmark, official mode before fast.
 
-        On official weights and batch size only: what may stand beside the leaderboard's numbers, or, on benchmarks that
-        it does not have, would be.
+        On the official questions, weights and batch size only: what may stand beside the leaderboard's numbers, or, on
+        benchmarks that it does not have, could.
         """
         best: dict[str, Record] = {}
         for record in self.results:
-            if record.get("protocol") != "flowertune" or record.get("partial") or not _as_the_leaderboard(record):
+            if record["protocol"] != "flowertune" or record.get("partial") or not _as_the_leaderboard(record):
                 continue
             held = best.get(record["bench"])
             if held is None or (record["mode"] == "official" and held["mode"] != "official"):
@@ -95,8 +98,8 @@ class FinishedRun:
         return list(best.values())
 
     def base_result(self, record: Record) -> Record | None:
-        """Return the base's own result beside `record`: same benchmark, protocol, mode and number of questions."""
-        keys = ("bench", "protocol", "mode", "n", "model")
+        """Return the base's own result beside `record`: same benchmark, questions, protocol, mode and model settings."""
+        keys = ("bench", "prompts_sha256", "n", "protocol", "mode", "batch_size", "model")
         return next(
             (
                 other
@@ -136,6 +139,8 @@ def open_run(name: str | None = None, adapter: str | None = None, runs: Path = R
         there = ", ".join(f"peft_{each}" for each in kept)
         raise MissingError(f"The run {run.path} has no peft_{number}.", hint=f"It has {there}.")
     finished = FinishedRun(run, config, number, committed_rounds(run))
+    if finished.adapter.is_symlink():
+        raise UsageError(f"{finished.adapter} is a link, and does not leave the run.", hint="Put the folder there.")
     _ = finished.saved  # a damaged adapter shows now, not in the middle of an upload
     return finished
 
@@ -150,12 +155,15 @@ def _results(run: RunDirectory) -> list[Record]:
         raise UsageError(
             f"{file} is damaged.", hint="Delete it and score again: fedtune eval --bench … --peft …"
         ) from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+    if not isinstance(records, list) or not all(
+        isinstance(record, dict) and record.keys() >= _KEYS for record in records
+    ):
         raise UsageError(f"{file} holds no list of results.", hint="Delete it and score again.")
     return records
 
 
 def _as_the_leaderboard(record: Record) -> bool:
-    """Whether a result is on the leaderboard's weights: FP4 (protocol, section 4); the builtin base has its own rule."""
+    """Whether a result is on the official questions, in batches of 16 on FP4 weights (protocol, section 4)."""
     model = record.get("model") or {}
-    return bool(model.get("quantization") == "fp4") and record.get("batch_size") == 16
+    quantization = model.get("quantization") if isinstance(model, dict) else None
+    return quantization == "fp4" and record.get("batch_size") == 16 and record.get("comparable") is not False

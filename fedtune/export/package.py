@@ -49,19 +49,22 @@ class Package:
             for name, content in sorted(self.files.items())
         }
 
+    def text(self, name: str) -> str:
+        """Return one of the package's texts."""
+        content = self.files[name]
+        return content.decode("utf-8") if isinstance(content, bytes) else content.read_text(encoding="utf-8")
+
     def manifest(self) -> bytes:
         """Return manifest.json: the sha256 of every other file."""
         return (json.dumps(self.digests(), indent=2) + "\n").encode()
 
     def write(self, folder: Path) -> None:
-        """Write the package to `folder`, whole or not at all; a folder that a package made before is replaced.
+        """Write the package to `folder`, whole or not at all; what an export wrote there before is replaced.
 
         Raises:
             UsageError: `folder` holds something else.
         """
-        if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"{folder} holds something else already.", hint="Choose another --out.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_room(folder)
 
         def fill(beside: Path) -> None:
             for name, content in {**self.files, MANIFEST: self.manifest()}.items():
@@ -81,6 +84,29 @@ class Exported:
     """Bytes by file name."""
     notes: tuple[str, ...] = ()
     """What the user should know: what is missing, what was checked and came out how."""
+
+
+def make_room(folder: Path) -> None:
+    """Make sure that an export can be written to `folder`.
+
+    Raises:
+        UsageError: it holds something that no export made, or its parent cannot be made.
+    """
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _may_go(folder))):
+        raise UsageError(f"{folder} holds something else already.", hint="Choose another --out.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made: {error.strerror}.", hint="Choose another --out.") from None
+
+
+def _may_go(folder: Path) -> bool:
+    """Whether a folder holds nothing but what the manifest of an export names."""
+    try:
+        named = {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError):
+        named = set()
+    return all(path.relative_to(folder).as_posix() in named for path in folder.rglob("*") if not path.is_dir())
 
 
 def package(files: Mapping[str, bytes | str | Path]) -> Package:
@@ -116,20 +142,41 @@ def secret_in(text: str) -> str:
 
 
 def public_config(config: FedTuneConfig) -> dict[str, Any]:
-    """Return the resolved config as it may leave: local paths cut to their last name, secrets struck out."""
+    """Return the resolved config as it may leave: paths cut to their last name, addresses left out, secrets struck out."""
     table = config.model_dump(mode="json")
     table["model"]["base"] = public_name(config.model.base)
     if config.data.source is not None:
         table["data"]["source"] = public_name(config.data.source)
-    struck: dict[str, Any] = json.loads(_SECRET.sub("[removed]", json.dumps(table)))
+    for private in ("superlink", "superlink_ca"):  # addresses and files of whoever trained it
+        table["federation"][private] = None
+    struck: dict[str, Any] = json.loads(strike(json.dumps(table)))
     return struck
+
+
+def strike(text: str) -> str:
+    """Return `text` without what looks like a secret."""
+    return _SECRET.sub("[removed]", text)
+
+
+def hub_base(config: FedTuneConfig) -> str | None:
+    """Return the base's id on the hub; None for a folder, even one that is named like an id, and a builtin model.
+
+    What came from the hub has its commit in the run's config.
+    """
+    return config.model.base if config.model.revision and is_hub_id(config.model.base) else None
+
+
+def hub_data(config: FedTuneConfig) -> str | None:
+    """Return the data set's id on the hub, None where it did not come from there."""
+    source = config.data.source
+    return source if source is not None and config.data.revision and is_hub_id(source) else None
 
 
 def public_name(source: str) -> str:
     """Return how a base or a data set is called outside: a hub id or builtin name as it is, a local path's last name."""
     if source == BUILTIN_TINY or is_hub_id(source):
-        return _SECRET.sub("[removed]", source)
-    return _SECRET.sub("[removed]", re.split(r"[/\\]", source.rstrip("/\\"))[-1])
+        return strike(source)
+    return strike(re.split(r"[/\\]", source.rstrip("/\\"))[-1])
 
 
 def is_hub_id(name: str) -> bool:

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from fedtune.config.schema import BUILTIN_TINY, DataConfig, FedTuneConfig, ModelConfig
 from fedtune.errors import ClientError
 
+IN_PROCESS = "in-process"
+"""Key of a node's config where client and server are one process."""
 NODE_KEY = "fedtune-node"
 """Key of a node's config that holds the owner's decisions, as JSON."""
 

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import json
-import queue
 import re
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
 from fedtune.errors import MissingError
+from fedtune.hub import UnreachableError, ask_about
 
-ANSWER_S = 5.0
-"""Longest wait for each of connecting to the hub and its answer."""
-DEADLINE_S = 10.0
-"""Longest wait for both together, whatever the number of addresses the hub's name has."""
 WEIGHTS = ["*.safetensors"]
 OTHERS = ["*.json", "*.txt", "*.jinja", "tokenizer*"]
 IGNORED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.h5", "*.msgpack"]
 """Other formats' copies of the same weights, and pickles."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,10 +27,6 @@ class ResolvedBase:
     folder: Path
     revision: str | None
     """The commit on the hub; None for a local folder or a built-in model."""
-
-
-class _UnreachableError(Exception):
-    """The hub gave no usable answer; its text says why."""
 
 
 def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedBase:
@@ -72,12 +52,12 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
     if re.fullmatch(r"[0-9a-f]{40}", config.revision or "") and (cached := _cached(config, only_config)):
         return cached
     try:
-        commit, names = _ask_hub(config.base, config.revision, "base model")
-    except _UnreachableError as error:
+        commit, names = _ask_hub("base model", config.base, config.revision)
+    except UnreachableError as error:
         if cached := _cached(config, only_config):
             return cached
         raise MissingError(
-            f"The base model {config.base} is not cached, and {constants.ENDPOINT} cannot be reached ({error}).",
+            f"The base model {config.base} is not cached, and {error}.",
             hint="Check the network, give a folder with `--set model.base=FOLDER`, or try `--challenge tiny`, "
             "which needs no network.",
         ) from None
@@ -119,13 +99,13 @@ def fetch_adapter(name: str) -> Path:
     """
     patterns = ["adapter_config.json", "adapter_model.safetensors"]
     try:
-        commit, names = _ask_hub(name, None, "adapter")
-    except _UnreachableError as error:
+        commit, names = _ask_hub("adapter", name)
+    except UnreachableError as error:
         try:
             return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         except (EntryNotFoundError, HFValidationError):
             raise MissingError(
-                f"The adapter {name} is neither a folder nor cached, and {constants.ENDPOINT} cannot be reached ({error}).",
+                f"The adapter {name} is neither a folder nor cached, and {error}.",
                 hint="Check the network, or name a folder.",
             ) from None
     if absent := set(patterns) - names:
@@ -142,38 +122,11 @@ def fetch_adapter(name: str) -> Path:
         ) from error
 
 
-def _ask_hub(base: str, revision: str | None, kind: str) -> tuple[str, set[str]]:
+def _ask_hub(kind: str, name: str, revision: str | None = None) -> tuple[str, set[str]]:
     """Return the commit that a repository's revision means on the hub, and the names of its files."""
-    page = f"{constants.ENDPOINT}/{base}"
-    login = "Log in with `hf auth login`"
-    try:
-        info = _within(DEADLINE_S, lambda: HfApi().model_info(base, revision=revision, timeout=ANSWER_S))
-    except GatedRepoError:  # a subclass of RepositoryNotFoundError
-        raise MissingError(
-            f"The {kind} {base} is gated: its owner must let you in.", hint=f"Ask at {page}, then: `hf auth login`."
-        ) from None
-    except RevisionNotFoundError:
-        raise MissingError(f"The {kind} {base} has no revision {revision}.", hint=f"See {page}/commits/main.") from None
-    except RepositoryNotFoundError:
-        raise MissingError(
-            f"There is no model {base} on {constants.ENDPOINT}, or it is private.",
-            hint=f"Check the name. {login} if it is private.",
-        ) from None
-    except HFValidationError:
-        raise MissingError(
-            f"{base!r} is neither a folder nor a model's name.", hint="A model on the hub is named owner/name."
-        ) from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise MissingError(f"The hub refused access to {base} ({status}).", hint=f"{login}.") from None
-        if status == 404:
-            raise MissingError(f"There is no model {base} on {constants.ENDPOINT}.", hint="Check the name.") from None
-        raise _UnreachableError(f"it answered {status}") from None
-    except Exception as error:  # no network, a proxy, no hub behind the address: many libraries, one meaning
-        raise _UnreachableError(type(error).__name__) from None
+    info = ask_about(kind, name, lambda: HfApi().model_info(name, revision=revision), revision)
     if info.sha is None:
-        raise _UnreachableError("it named no commit")
+        raise UnreachableError(f"{constants.ENDPOINT} names no commit of it")
     return str(info.sha), {file.rfilename for file in info.siblings or ()}
 
 
@@ -201,23 +154,3 @@ def _check_names(names: set[str], base: str, only_config: bool) -> None:
             f"The base model {base} has no weights as safetensors; fedtune loads no pickles.",
             hint="Choose another model.base, or a revision that has them.",
         )
-
-
-def _within(seconds: float, function: Callable[[], T]) -> T:
-    """Return `function()` or raise TimeoutError; a thread that outlasts `seconds` is left behind, not waited for."""
-    outcome: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            outcome.put((function(), None))
-        except Exception as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]

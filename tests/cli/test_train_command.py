@@ -254,7 +254,7 @@ def test_the_hub_unreachable_ends_with_exit_3_in_time(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert len(done.stderr) < 1000
     assert not (tmp_path / "runs").exists()
-    assert time.monotonic() - began < 60  # imports on a busy machine included; retries would take minutes
+    assert time.monotonic() - began < 120  # imports on a busy machine included; retries would take minutes
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from flwr_datasets import federated_dataset
 from huggingface_hub import constants
 
+import fedtune.hub
 from fedtune.config.schema import DataConfig
 from fedtune.data import hub
 from fedtune.data.source import load_rows
@@ -29,10 +30,10 @@ REFUSALS = {
     "gated": (403, {"X-Error-Code": "GatedRepo"}, "is gated", "Ask for access"),
     "absent": (404, {"X-Error-Code": "RepoNotFound"}, "There is no data set me/absent", "hf auth login"),
     "private": (401, {}, "or it is private", "hf auth login"),
-    "plain404": (404, {}, "There is no data set", "data.source"),
+    "plain404": (404, {}, "There is no data set", "Check the name"),
     "token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "refuses your token", "login"),
     "forbidden": (403, {}, "refuses your token", "hf auth login"),
-    "revision": (404, {"X-Error-Code": "RevisionNotFound"}, "has no revision", "data.revision"),
+    "revision": (404, {"X-Error-Code": "RevisionNotFound"}, "has no revision", "/datasets/me/revision/commits/main"),
     "broken": (500, {}, "answers with status 500", "--data FILE"),
     "html": (200, {}, "is no hub", "--data FILE"),
 }
@@ -127,7 +128,7 @@ def test_each_refusal_says_what_to_do(name: str, at_endpoint: str, capfd: pytest
 def test_preflight_ends_in_time_whatever_the_server_does(
     name: str, at_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "PREFLIGHT_S", 0.5)
+    monkeypatch.setattr(fedtune.hub, "DEADLINE_S", 0.5)
     start = time.monotonic()
     with pytest.raises(MissingError, match=r"did not answer within 0\.5 s") as caught:
         load_rows(DataConfig(source=f"me/{name}"), 0)
@@ -209,7 +210,7 @@ def test_hub_data_set_loads_and_then_works_without_the_hub(endpoint: str, tmp_pa
     nowhere = "http://127.0.0.1:9"
     *offline, refused = run(nowhere, tmp_path, "me/toy", "", "main", COMMIT, other)
     assert offline == [online[0]] * 3
-    assert refused.startswith(f"3 The data set me/toy at revision {other} is not in the local cache, and the hub at")
+    assert refused.startswith(f"3 The data set me/toy at revision {other} is not in the local cache, and {nowhere}")
     assert f"The cache holds revision {COMMIT}" in refused
     assert hub.cached_copies("me/toy", tmp_path / "datasets").keys() == {COMMIT}
     with pytest.raises(ValueError, match="nope"):

@@ -15,11 +15,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+import fedtune.hub
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
 from fedtune.errors import MissingError
-from fedtune.models import hub
 from fedtune.models.hub import resolve_base
 
+BAD_TOKEN = "Invalid credentials in Authorization header"
 COMMIT = "c" * 40
 FILES = {
     "config.json": b"{}",
@@ -133,14 +134,14 @@ def refusal(config: ModelConfig) -> MissingError:
 @pytest.mark.parametrize(
     ("answer", "part"),
     [
-        (status(404, X_Error_Code="RepoNotFound"), "There is no model me/base"),
-        (status(404), "There is no model me/base"),
-        (status(401, X_Error_Code="RepoNotFound"), "There is no model me/base on .* or it is private"),
-        (status(401), r"refused access to me/base \(401\)"),
-        (status(403, X_Error_Code="GatedRepo"), "me/base is gated"),
-        (status(403), r"refused access to me/base \(403\)"),
-        (status(404, X_Error_Code="RevisionNotFound"), "me/base has no revision v9"),
-        (status(500), r"cannot be reached \(it answered 500\)"),
+        (status(404, X_Error_Code="RepoNotFound"), "There is no base model me/base"),
+        (status(404), "There is no base model me/base"),
+        (status(401, X_Error_Code="RepoNotFound"), "There is no base model me/base at .* or it is private"),
+        (status(401, X_Error_Message=BAD_TOKEN), r"refuses your token for the base model me/base \(401\)"),
+        (status(403, X_Error_Code="GatedRepo"), "me/base at .* is gated"),
+        (status(403), r"refuses your token for the base model me/base \(403\)"),
+        (status(404, X_Error_Code="RevisionNotFound"), "me/base at .* has no revision v9"),
+        (status(500), "is not cached, and http.* answers with status 500"),
         (serve({"config.json": b"", "pytorch_model.bin": b""}), "no weights as safetensors; fedtune loads no pickles"),
         (serve({"adapter_config.json": b""}), "is an adapter, not a base model"),
     ],
@@ -157,23 +158,14 @@ def test_refusals_are_one_sentence_and_a_hint(
 def test_a_hub_that_hangs_is_given_up_soon(
     hub_that: Callable[[Answer], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "ANSWER_S", 0.3)
+    assert fedtune.hub.DEADLINE_S <= 10
+    monkeypatch.setattr(fedtune.hub, "DEADLINE_S", 0.3)
     hub_that(lambda handler: time.sleep(3))
     started = time.monotonic()
     error = refusal(ModelConfig(base="me/base"))
-    assert "cannot be reached" in error.message
+    assert "did not answer within 0.3 s" in error.message
     assert "--challenge tiny" in error.hint
     assert time.monotonic() - started < 2
-    # With each wait short but many of them, the deadline holds.
-    monkeypatch.setattr(hub, "ANSWER_S", 60)
-    monkeypatch.setattr(hub, "DEADLINE_S", 0.3)
-    started = time.monotonic()
-    assert "TimeoutError" in refusal(ModelConfig(base="me/base")).message
-    assert time.monotonic() - started < 2
-
-
-def test_the_deadlines_stay_within_what_is_promised() -> None:
-    assert max(hub.ANSWER_S, hub.DEADLINE_S) <= 10
 
 
 def test_no_hub_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +234,7 @@ def test_folders_and_names(llama_folder: Path, tmp_path: Path) -> None:
     assert (found.folder, found.revision) == (llama_folder, None)
     for missing in (str(tmp_path / "none"), "./none", "~/none/at/all", "a/b/c"):
         assert f"There is no folder {missing}" in refusal(ModelConfig(base=missing)).message
-    assert "neither a folder nor a model's name" in refusal(ModelConfig(base="no such name")).message
+    assert "neither a folder nor a name on the hub" in refusal(ModelConfig(base="no such name")).message
 
 
 def test_builtin_tiny_lies_in_the_package() -> None:

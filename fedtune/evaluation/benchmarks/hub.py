@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import urllib.error
-import urllib.request
-
 from fedtune.errors import MissingError
 from fedtune.evaluation.benchmarks.base import Row, Source
-
-WAIT_S = 8.0
+from fedtune.hub import UnreachableError, ask
 
 
 class SourceError(Exception):
     """This source cannot be used; the text says why, the next one may do."""
 
 
-def require_hub(wait_s: float = WAIT_S) -> None:
-    """Ask the hub (or HF_ENDPOINT) for a sign of life, so that a dead network costs seconds, not minutes of retries.
+def require_hub() -> None:
+    """Ask the hub for a sign of life, so that a dead network costs seconds, not minutes of retries.
 
     With HF_HUB_OFFLINE set nothing is asked: the cache may hold the rows.
 
     Raises:
-        MissingError: no answer within `wait_s` seconds.
+        MissingError: there is no answer.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
         return
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(endpoint, method="HEAD")
-            with urllib.request.urlopen(request, timeout=wait_s):
-                answered.set()
-        except urllib.error.HTTPError:
-            answered.set()
-        except (OSError, ValueError):
-            pass
-
-    # A thread, because looking up the host's name heeds no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(wait_s)
-    if not answered.is_set():
+    try:
+        ask(lambda: get_session().head(constants.ENDPOINT))
+    except UnreachableError as error:
         raise MissingError(
-            f"The hub at {endpoint} cannot be reached.",
+            f"The benchmarks are on the hub, and {error}.",
             hint="Give the benchmarks' files with --data-dir DIR, or set HF_HUB_OFFLINE=1 if they are in the cache.",
-        )
+        ) from error
 
 
 def hub_rows(source: Source, part: str) -> list[Row]:

@@ -1,0 +1,160 @@
+"""`fedtune node`: take part in a federation with data that stays here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedtune.cli import options
+from fedtune.cli.console import guarded, note, print_data, warn
+from fedtune.errors import ConfigError, MissingError, UsageError
+
+if TYPE_CHECKING:
+    from fedtune.federation.node import NodeSettings
+
+
+@guarded
+def node(
+    superlink: Annotated[
+        str, typer.Option("--superlink", metavar="HOST:PORT", help="Where the coordinator's SuperLink listens.")
+    ],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FILE", help="Your data: a JSONL, JSON, CSV or Parquet file.")
+    ],
+    partition: Annotated[
+        int, typer.Option("--partition", metavar="N", min=0, help="Your number in the federation, from 0.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="BASE", help="The base model: a hub id, a folder or builtin:tiny."),
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option("--ca", metavar="FILE", help="The certificate that signed the SuperLink's.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="FILE", help="The private key that the coordinator knows you by.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Speak without TLS; for trials on one machine.")] = False,
+    challenge: options.Challenge = None,
+    recipe: options.Recipe = None,
+    config: options.Config = None,
+    set_: options.Set = None,
+    max_seconds: Annotated[
+        float | None, typer.Option("--max-seconds", metavar="S", min=1, help="Train no longer than this in a round.")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", metavar="DIR", help="Keep here what an algorithm carries on from round to round."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what was found, and stop.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Take part in a federation with data that stays on this machine.
+
+    Example: fedtune node --superlink fed.example.org:8000 --ca ca.crt --key node-key --partition 0 --data mine.jsonl
+    --model meta-llama/Llama-3.2-1B
+    """
+    if insecure and (ca or key):
+        raise UsageError("--insecure means no TLS, which --ca and --key need.", hint="Leave --insecure out.")
+    settings = _settings(data, model, challenge, recipe, config, set_, state, max_seconds)
+    facts = _check(settings, superlink, ca, key, insecure)
+    if dry_run:
+        print_data("".join(f"{line}\n" for line in [*facts, "nothing was started"]))
+        return
+    for line in [*facts, f"answering {superlink} as client {partition}; end with Ctrl-C"]:
+        note(line)
+
+    from fedtune.federation.supernode import run_node
+
+    try:
+        run_node(settings, superlink=superlink, partition=partition, ca=ca, key=key, insecure=insecure)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("The node has left the federation; the same command joins it again.") from None
+
+
+def _settings(
+    data: Path,
+    model: str | None,
+    challenge: str | None,
+    recipe: str | None,
+    config: list[Path] | None,
+    settings: list[str] | None,
+    state: Path | None,
+    max_seconds: float | None,
+) -> NodeSettings:
+    """Return what the owner decided; templates and base model are decided where a flag, a preset or a file names them."""
+    from fedtune.config.load import load_config
+    from fedtune.federation.node import NodeSettings
+
+    resolved = load_config(
+        challenge=challenge,
+        recipe=recipe,
+        files=config or [],
+        settings=settings or [],
+        flags={"model.base": ("--model", model)} if model is not None else {},
+    )
+    preset = bool(challenge or recipe or config)
+    if not preset and "model.base" not in resolved.origins and model is None:
+        raise UsageError(
+            "No base model is named, and a node loads none that its owner did not name.",
+            hint="Name it: --model BASE, or take the coordinator's --challenge, --recipe or --config.",
+        )
+    chosen, base = resolved.config.data, resolved.config.model.base
+    folder = Path(base).expanduser()
+    return NodeSettings(
+        data=str(data.expanduser().absolute()),
+        base=str(folder.absolute()) if folder.is_dir() else base,
+        revision=resolved.config.model.revision,
+        trust_remote_code=resolved.config.model.trust_remote_code,
+        instruction=chosen.instruction if preset or "data.instruction" in resolved.origins else None,
+        response=chosen.response if preset or "data.response" in resolved.origins else None,
+        state=str(state.expanduser().absolute()) if state else None,
+        max_seconds=max_seconds,
+    )
+
+
+def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | None, insecure: bool) -> list[str]:
+    """Check all that a node needs, the quick things first; return what was found, in lines."""
+    from importlib.metadata import version
+
+    from fedtune.federation.credentials import check_ca, check_key, check_superlink
+
+    if ca:
+        check_ca(ca)
+    if key:
+        check_key(key)
+    reached = check_superlink(superlink, ca, insecure=insecure)
+    if not reached:
+        warn(f"nobody answers at {superlink} yet; a node keeps asking")
+    if insecure:
+        warn("without TLS anybody between here and the SuperLink can read and change the adapter")
+
+    from fedtune.data.files import read_file
+    from fedtune.data.prompt import fill
+
+    data = Path(settings.data)
+    if not data.is_file():
+        what = "a folder, and a node has one file" if data.is_dir() else "not there"
+        raise MissingError(f"The data file {data} is {what}.", hint="Check the path given by --data.")
+    table = read_file(data)
+    for path, template in (("data.instruction", settings.instruction), ("data.response", settings.response)):
+        try:
+            fill(template or "", table[0], path)
+        except ConfigError as error:
+            hint = f"Say which column of yours it is: --set '{path}=\"{{{table.column_names[0]}}}\"'"
+            raise UsageError(f"{data} does not fit: {error.problems[0]}.", hint=hint) from None
+
+    from fedtune.models.hub import resolve_base
+
+    resolved = resolve_base(settings.model)
+
+    from fedtune.models.base import check_code
+
+    check_code(settings.model, resolved.folder)
+    return [
+        f"data {settings.data}: {len(table)} rows with the columns {', '.join(table.column_names)}",
+        f"base model {settings.base}{f' at {resolved.revision}' if resolved.revision else ''}",
+        f"fedtune {version('fedtune')}; runs of another version or base model are refused",
+    ]

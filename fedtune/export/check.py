@@ -1,0 +1,122 @@
+"""check(path) -> CheckResult: the linter for a leaderboard submission, ours or anyone's.
+
+Published numbers are held against what they were computed from: scores against the generations and against k/n, averages
+against scores, the budget against comm_cost.txt, the adapter against pyproject.toml, and all of it against the rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fedtune.export.opened import Finding, Opened, open_folder
+from fedtune.export.package import MANIFEST, secret_in
+from fedtune.export.published import published, ranked
+from fedtune.export.rules import (
+    challenge_by,
+    check_adapters,
+    check_bytes,
+    check_checkpoints,
+    check_declared,
+    declared_by,
+    is_pickle,
+)
+from fedtune.export.scores import artefacts_of, check_scores, missing_scores
+
+__all__ = ["CheckResult", "Finding", "check"]
+
+_TEXTS = (".md", ".txt", ".toml", ".json", ".jsonl", ".py", ".yaml", ".yml", ".cfg", ".ini", ".env", ".sh", "")
+"""Suffixes of the files that are searched for secrets."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a submission's linter found."""
+
+    path: Path
+    findings: tuple[Finding, ...]
+    checked: tuple[str, ...]
+    """What was there to be checked, a line each."""
+
+
+def check(path: Path) -> CheckResult:
+    """Check a submission's folder; nothing in it is loaded as code or pickle, and nothing is changed.
+
+    Raises:
+        MissingError: there is no such folder.
+        UsageError: it holds far more files than a submission.
+    """
+    folder = open_folder(path)
+    readme = next((name for name in folder.files if PurePosixPath(name).name.lower() == "readme.md"), None)
+    text = folder.text(readme) if readme else None
+    lines = published(text or "")
+    findings: list[Finding] = []
+    if text is None:
+        findings.append(Finding(readme or "README.md", "is no UTF-8 text" if readme else "is missing"))
+
+    declared, wrong = declared_by(folder)
+    findings += wrong
+    artefacts, wrong = artefacts_of(folder)
+    findings += wrong
+    cost, wrong = check_bytes(folder, readme if text is not None else None, declared)
+    findings += wrong
+    benches = [bench for line in lines for bench in line.scores] or [artefact.bench for artefact in artefacts]
+    challenge = challenge_by(declared, benches)
+    rounds = {declared.rounds} if declared and declared.rounds else set()
+    rounds |= {len(cost.rounds)} if cost else set()
+    if declared is not None:
+        findings += check_declared(declared, challenge)
+    if readme is not None and text is not None:
+        findings += check_scores(readme, lines, artefacts, max(rounds, default=None))
+        findings += missing_scores(readme, lines, artefacts, ranked(challenge) if challenge else ())
+    findings += check_checkpoints(folder, artefacts, rounds)
+    findings += check_adapters(folder, readme if text is not None else None, declared)
+    findings += _check_files(folder)
+    findings += _check_manifest(folder)
+
+    checked = [f"challenge: {challenge or 'not known'}", f"files: {len(folder.files)}"]
+    checked += [f"{artefact.file}: {artefact.bench}, {artefact.right}" for artefact in artefacts]
+    checked += [f"{readme}: {', '.join(f'{b} {f.text}' for b, f in line.scores.items())}" for line in lines]
+    if cost is not None:
+        checked.append(f"{cost.path.name}: {len(cost.rounds)} rounds, {cost.used_mib:,.2f} MB")
+    return CheckResult(path, tuple(dict.fromkeys(findings)), tuple(checked))
+
+
+def _check_files(folder: Opened) -> Iterator[Finding]:
+    """Yield files that no submission should hold."""
+    for name in folder.links:
+        yield Finding(name, "is a link; a submission holds the files themselves")
+    for name in folder.files:
+        if is_pickle(name):
+            yield Finding(name, "is a pickle, which runs code when it is loaded; save the weights as safetensors")
+        elif PurePosixPath(name).suffix.lower() in _TEXTS and (found := secret_in(folder.text(name) or "")):
+            yield Finding(name, f"holds what looks like a secret ({found}…); revoke it")
+
+
+def _check_manifest(folder: Opened) -> Iterator[Finding]:
+    """Yield files that are not what the manifest at the top says."""
+    if MANIFEST not in folder.files:
+        return
+    try:
+        digests = json.loads(folder.text(MANIFEST) or "")
+    except (ValueError, RecursionError):
+        digests = None
+    if not isinstance(digests, dict):
+        yield Finding(MANIFEST, "is no JSON object of sha256 by name")
+        return
+    for name, digest in digests.items():
+        if name not in folder.files:
+            yield Finding(name, f"is missing; {MANIFEST} names it")
+        elif _sha256(folder.path / name) != digest:
+            yield Finding(name, f"is not the file that {MANIFEST} has the sha256 of")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
