@@ -115,16 +115,14 @@ def is_dense(rank: int, out_features: int, in_features: int) -> bool:
     return rank * (out_features + in_features) >= out_features * in_features
 
 
-def sample(config: FedTuneConfig, server_round: int, secret: int | None = None) -> list[int]:
+def sample(config: FedTuneConfig, server_round: int) -> list[int]:
     """Return the partitions of a round's clients in order, drawn without replacement.
 
-    The draw depends on the seed and the round alone, not on node ids, which Flower makes up anew for every run; with a
-    `secret` also on that, so that nobody who knows the config can tell it.
+    The draw depends on the seed and the round alone, not on node ids, which Flower makes up anew for every run.
     """
     import numpy as np
 
-    entropy = [_SAMPLING, config.seed, server_round] + ([] if secret is None else [secret])
-    generator = np.random.default_rng(entropy)
+    generator = np.random.default_rng([_SAMPLING, config.seed, server_round])
     federation = config.federation
     drawn = generator.choice(federation.clients, size=federation.clients_per_round, replace=False)
     return sorted(drawn.tolist())

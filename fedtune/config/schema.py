@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedtune.config.section import Section
-from fedtune.config.strategies import PRODUCT_STRATEGIES, FedAvg, FlexLoRA, StrategyConfig
+from fedtune.config.strategies import PRODUCT_STRATEGIES, FedAvg, FlexLoRA, StrategyConfig, replies_needed
 
 BUILTIN_TINY = "builtin:tiny"
 
@@ -70,6 +70,11 @@ class AdapterConfig(Section):
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole beside the adapter, such as `lm_head`; their weights travel in every message. One that
     the base ties to another (`lm_head` to `embed_tokens`) is trained apart from it."""
+
+    @property
+    def scale(self) -> float:
+        """What the product B·A is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @model_validator(mode="after")
     def _targets_are_named(self) -> Self:
@@ -168,8 +173,8 @@ class FederationConfig(Section):
     """Where the clients run: one after another in this process, on Flower's simulation, or on a SuperLink's nodes."""
     client_cpus: PositiveInt | None = None
     """CPU cores of one client on the engine `ray`; None shares out the machine's."""
-    client_gpus: float | None = Field(None, ge=0)
-    """GPUs of one client on the engine `ray`, also a part of one; None is one where there is one."""
+    client_gpus: float | None = Field(None, ge=0, le=1)
+    """The part of a GPU that one client gets on the engine `ray`; None is a whole one where there is one."""
     superlink: str | None = Field(None, min_length=1)
     """The SuperLink that `engine = superlink` submits to: `host:port`, or the name of a connection in your Flower config."""
     superlink_ca: str | None = Field(None, min_length=1)
@@ -223,11 +228,12 @@ class PrivacyConfig(Section):
     """Client-level differential privacy of the adapter; see the concept page on what it protects and what not."""
 
     mode: Literal["none", "central", "local"] = "none"
-    """`central`: the server clips every client's update and adds noise to their average; `local`: each client does so itself."""
+    """`central`: the server clips every client's update and adds noise to their average; `local`: each client does so itself,
+    before anything leaves it."""
     clip: float = Field(1.0, gt=0)
-    """Largest norm of a client's update, over the whole adapter."""
+    """Largest norm of a client's update, over the whole adapter; a longer one is scaled down to it."""
     noise_multiplier: float = Field(1.0, gt=0)
-    """Standard deviation of the noise, in units of `clip`."""
+    """Standard deviation of the noise in units of `clip`: on the sum of a round's updates (central) or on each (local)."""
     epsilon: float = Field(8.0, gt=0)
     """The budget: the run stops before a round that would pass it."""
     delta: float = Field(1e-5, gt=0, lt=1)
@@ -272,9 +278,7 @@ class FedTuneConfig(Section):
             raise ValueError(f"strategy.name = {name} averages products BA and does not go with adapter.dora")
         if isinstance(self.strategy, FlexLoRA) and max(self.strategy.ranks, default=0) > self.adapter.rank:
             raise ValueError(f"strategy.ranks goes above adapter.rank ({self.adapter.rank})")
-        hostile = getattr(self.strategy, "malicious", 0)
-        needed = {"krum": 2 * hostile + 3, "multikrum": 2 * hostile + 3, "bulyan": 4 * hostile + 3}.get(name, 1)
-        if asked < needed:
+        if asked < (needed := replies_needed(self.strategy)):
             raise ValueError(f"strategy.name = {name} needs {needed} clients a round, and {asked} are asked")
         if self.privacy.mode != "none" and name not in _PRIVATE_STRATEGIES:
             raise ValueError(

@@ -84,24 +84,24 @@ class FedMedian(Section):
     """The median of the clients' adapters, value by value (https://arxiv.org/abs/1803.01498)."""
 
     name: Literal["fedmedian"]
-    """Withstands up to half of the clients; ignores numbers of examples."""
+    """Withstands just under half of the clients of a round, three of which must reply; ignores numbers of examples."""
 
 
 class FedTrimmedAvg(Section):
     """The mean without each value's extremes (https://arxiv.org/abs/1803.01498)."""
 
     name: Literal["fedtrimmedavg"]
-    """Drops the largest and the smallest of each value, then averages."""
-    beta: float = Field(0.2, ge=0, lt=0.5)
-    """Share of the clients that is cut off at each end."""
+    """Drops the largest and the smallest of each value, then averages; ignores numbers of examples."""
+    beta: float = Field(0.2, ge=0.001, lt=0.5)
+    """Share of a round's replies that is cut off at each end, rounded down; too few replies to cut one fail the round."""
 
 
 class Krum(Section):
     """The one adapter nearest to its neighbours (https://arxiv.org/abs/1703.02757)."""
 
     name: Literal["krum"]
-    """Takes a single client's adapter each round."""
-    malicious: int = Field(0, ge=0)
+    """Takes a single client's adapter each round; 2 · malicious + 3 clients must reply."""
+    malicious: int = Field(1, ge=0)
     """Clients a round that may be hostile."""
 
 
@@ -109,19 +109,19 @@ class MultiKrum(Section):
     """The average of the adapters nearest to their neighbours (https://arxiv.org/abs/1703.02757)."""
 
     name: Literal["multikrum"]
-    """As Krum, averaging several."""
-    malicious: int = Field(0, ge=0)
+    """As Krum, averaging several; ignores numbers of examples."""
+    malicious: int = Field(1, ge=0)
     """Clients a round that may be hostile."""
-    selected: int = Field(1, ge=1)
-    """Clients whose adapters are averaged."""
+    selected: int | None = Field(None, ge=1)
+    """Clients whose adapters are averaged; None is as many as a score has neighbours: the replies less `malicious` and 2."""
 
 
 class Bulyan(Section):
     """Krum, then a trimmed mean (https://arxiv.org/abs/1802.07927)."""
 
     name: Literal["bulyan"]
-    """Needs at least 4 · malicious + 3 clients a round."""
-    malicious: int = Field(0, ge=0)
+    """4 · malicious + 3 clients must reply; ignores numbers of examples."""
+    malicious: int = Field(1, ge=0)
     """Clients a round that may be hostile."""
 
 
@@ -191,6 +191,26 @@ StrategyOptions = (
     | Scaffold
 )
 StrategyConfig = Annotated[StrategyOptions, Field(discriminator="name")]
+
+
+def replies_needed(strategy: StrategyOptions) -> int:
+    """Return the fewest replies of a round that `strategy` can keep its promise with; 1 for those that withstand nobody."""
+    match strategy:
+        case FedMedian():
+            return 3
+        case FedTrimmedAvg(beta=beta):
+            replies = int(1 / beta)
+            while not int(beta * replies):  # as the strategy itself counts whom it cuts off
+                replies += 1
+            return replies
+        case Krum(malicious=hostile):
+            return 2 * hostile + 3
+        case MultiKrum(malicious=hostile, selected=selected):
+            return max(2 * hostile + 3, hostile + (selected or 0))
+        case Bulyan(malicious=hostile):
+            return 4 * hostile + 3
+    return 1
+
 
 PRODUCT_STRATEGIES = ("flexlora", "flora", "fedex-lora")
 """Those that take an adapter for the product BA: DoRA, whose update is another function of it, does not go with them."""

@@ -6,17 +6,24 @@ no paths, or as the bare name of the exception's class.
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from fedtune.budget.count import PACKED_FORMATS, Shapes
 from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import steps_of_round
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.events import StepDone, tell
+from fedtune.federation.node import IN_PROCESS, NODE_KEY, error_text
+from fedtune.federation.privacy import new_key, noisy_average, public_metrics
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
 from fedtune.federation.strategies.scaffold import Control
 from fedtune.federation.wire import WireError, decode, encode
@@ -25,12 +32,40 @@ from fedtune.models.adapter import AdaptedModel, AdapterTensors, initial_tensors
 from fedtune.training.local import StepReport, train_locally
 
 app = ClientApp()
+log = logging.getLogger(__name__)
 
+NOISE_KEY = "noise_key"
+"""In a client's state: the secret of its local noise, a number a byte."""
 OWED = "owed."
 """Prefix of the rounding errors that a client's next reply makes good."""
 
 
+Handler = Callable[[Message, Context], Message]
+
+
+def discreet(handler: Handler) -> Handler:
+    """Let no exception's text leave a client: Flower would send it to the server as it is.
+
+    A data owner's node sees to that itself, and tells the owner more. In the server's own process other errors than a client's
+    pass: data or base that cannot be used are no client's fault.
+    """
+
+    @functools.wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except Exception as error:
+            of_all = isinstance(error, FedTuneError) and not isinstance(error, ClientError)
+            if NODE_KEY in context.node_config or (of_all and IN_PROCESS in context.node_config):
+                raise
+            log.debug("the client failed", exc_info=True)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
+
+    return answer
+
+
 @app.query()
+@discreet
 def describe(message: Message, context: Context) -> Message:
     """Reply with the client's partition id and its number of rows."""
     partition = int(context.node_config["partition-id"])
@@ -40,6 +75,7 @@ def describe(message: Message, context: Context) -> Message:
 
 
 @app.train()
+@discreet
 def train(message: Message, context: Context) -> Message:
     """Train the adapter in the message for one round and reply with what of it travels."""
     partition = int(context.node_config["partition-id"])
@@ -102,6 +138,9 @@ def train(message: Message, context: Context) -> Message:
     if control is not None:
         outcome |= control.changes()
         kept |= control.kept()
+    if config.privacy.mode == "local":
+        outcome, metrics, key = _privatised(outcome, start, config, server_round, adapted.shapes, partition, kept)
+        kept[NOISE_KEY] = key
     reply, owed = _reply(outcome, start, config, up_shapes(config, adapted.shapes, server_round, partition), kept)
     if kept | owed:
         state.keep(server_round, kept | owed)
@@ -136,6 +175,31 @@ def _start(received: AdapterTensors, adapted: AdaptedModel, config: FedTuneConfi
         name: _filled(received[name], shape) if name in received else own[name]
         for name, shape in adapted.shapes.items()
     }
+
+
+def _privatised(
+    outcome: AdapterTensors,
+    start: AdapterTensors,
+    config: FedTuneConfig,
+    server_round: int,
+    shapes: Shapes,
+    partition: int,
+    kept: AdapterTensors,
+) -> tuple[AdapterTensors, MetricRecord, torch.Tensor]:
+    """Return what a client lets out under local privacy: a clipped and noisy adapter, metrics that tell nothing; and its key."""
+    key = kept.get(NOISE_KEY)
+    secret = new_key() if key is None else bytes(int(value) for value in key)
+    sent = {name: start[name] for name in up_shapes(config, shapes, server_round, partition)}
+    private = noisy_average(
+        sent,
+        {partition: {name: outcome[name] for name in sent}},
+        config.privacy,
+        asked=1,
+        key=secret,
+        server_round=server_round,
+    )
+    held = torch.tensor(list(secret), dtype=torch.float32)
+    return {**outcome, **private}, MetricRecord(dict(public_metrics(server_round))), held
 
 
 def _filled(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from fedtune.federation.node import NODE_KEY, NodeSettings
 from fedtune.federation.wire import decode, encode
@@ -39,7 +39,8 @@ class ClientState:
                 record = self.context.state.array_records[f"{_KEY}{number}"]
                 return decode(record, {name: tuple(array.shape) for name, array in record.items()}, "float32")
             try:
-                return load_file(self.folder / f"round-{number:04d}.safetensors")
+                tensors: AdapterTensors = load((self.folder / f"round-{number:04d}.safetensors").read_bytes())
+                return tensors
             except (SafetensorError, OSError):  # damaged: the one before it is closer to the truth than none
                 continue
         return {}

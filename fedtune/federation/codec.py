@@ -38,16 +38,18 @@ def unpack(data: bytes | memoryview, shapes: Shapes, name: str) -> AdapterTensor
 
 def _pack_tensor(tensor: torch.Tensor, form: PackedFormat) -> bytes:
     if not form.block:
-        return tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy().astype("<u2").tobytes()
+        patterns: npt.NDArray[np.uint16] = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        return bytes(patterns.astype("<u2").tobytes())
     values = tensor.contiguous().numpy().ravel()
     levels = _LEVELS[form.bits]
     blocks = np.zeros((-(-len(values) // form.block), form.block), np.float32)
     blocks.ravel()[: len(values)] = values
     scales = (np.abs(blocks).max(axis=1) / np.float32(levels)).astype("<f4")
-    # A scale that underflows to 0 stands for a block of zeros.
-    steps = np.divide(blocks, scales[:, None], out=np.zeros_like(blocks), where=scales[:, None] > 0)
+    # A scale that underflows to 0 stands for a block of zeros; one that is not finite goes through, for the screen to refuse.
+    with np.errstate(invalid="ignore"):
+        steps = np.divide(blocks, scales[:, None], out=np.zeros_like(blocks), where=scales[:, None] > 0)
     rounded = np.nan_to_num(np.rint(steps), nan=0.0).clip(-levels, levels).astype(np.int8).ravel()[: len(values)]
-    return scales.tobytes() + (rounded if form.bits == 8 else _two_a_byte(rounded)).tobytes()
+    return bytes(scales.tobytes() + (rounded if form.bits == 8 else _two_a_byte(rounded)).tobytes())
 
 
 def _unpack_tensor(data: bytes | memoryview, count: int, form: PackedFormat) -> torch.Tensor:
@@ -57,7 +59,6 @@ def _unpack_tensor(data: bytes | memoryview, count: int, form: PackedFormat) -> 
     scales = np.frombuffer(data, "<f4", count=blocks)
     stored = np.frombuffer(data, np.uint8, offset=4 * blocks)
     steps = stored.view(np.int8) if form.bits == 8 else _one_a_byte(stored)[:count]
-    # Scales that are not finite go through as they are: the screen refuses what they make.
     with np.errstate(invalid="ignore", over="ignore"):
         values = steps.astype(np.float32) * np.repeat(scales.astype(np.float32), form.block)[:count]
     return torch.from_numpy(values)

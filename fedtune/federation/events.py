@@ -74,13 +74,16 @@ class RoundDone:
     """The round is aggregated and committed."""
 
     round: int
-    loss: float
+    loss: float | None
+    """Mean training loss of the round's clients; None where they do not tell it."""
     learning_rate: float
     accepted: int
     asked: int
     used_bytes: int
     tokens: int
     seconds: float
+    epsilon: float | None = None
+    """What of the privacy budget is spent, if there is one."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from fedtune.budget.count import Shapes, serialised_bytes, wire_bytes
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines
@@ -23,6 +23,7 @@ from fedtune.budget.traffic import sample, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import CapError, FederationError
 from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, RoundStarted, tell
+from fedtune.federation.privacy import Accountant, new_key, noisy_average
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client, Expected, Refused, Screen, printable
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
@@ -33,6 +34,7 @@ from fedtune.runs.directory import RunDirectory, append_line, cut_to
 from fedtune.training.schedule import learning_rate
 
 _POLL_S = 1.0
+_NOISE_KEY = "noise.key"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Rounds:
         self.tensors = initial
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         self.algorithm = build_algorithm(config, self.shapes)
+        self.accountant = Accountant(config) if config.privacy.mode != "none" else None
+        self.noise_key = new_key()
+        """Secret of the central noise; travels nowhere, and lies in the state for a resumed run to go on with."""
         self.ledger = Ledger(run.ledger_file, config.communication.cap_mib)
         self.done = self._restore()
 
@@ -84,7 +89,7 @@ class Rounds:
 
         Raises:
             FederationError: a round ended with fewer accepted replies than `federation.min_success`.
-            CapError: the next round's messages would pass the cap; the last adapter is saved.
+            CapError: the next round's messages would pass the cap, or the round the privacy budget; the last adapter is saved.
         """
         if self.done >= self.config.federation.rounds:
             return
@@ -95,6 +100,7 @@ class Rounds:
     def _round(self, server_round: int, clients: Sequence[Client]) -> None:
         started = time.monotonic()
         rate = learning_rate(self.config.training, server_round, self.config.federation.rounds)
+        self._check_privacy(server_round)
         chosen = sample_clients(clients, self.config, server_round)
         tell(RoundStarted(server_round, [client.partition for client in chosen], rate))
 
@@ -110,11 +116,11 @@ class Rounds:
         if len(replies) < needed:
             raise FederationError(
                 f"Round {server_round} has {len(replies)} usable replies of {len(chosen)}, and "
-                f"federation.min_success is {needed}; {reason}. "
+                f"federation.min_success is {needed}; {reason.removesuffix('.')}. "
                 f"The state after round {self.done} is saved.",
                 hint=f"fedtune train --resume {self.run.path}",
             )
-        loss = self._aggregate(server_round, replies)
+        loss = self._aggregate(server_round, replies, len(chosen))
         self._commit(server_round)
         tell(
             RoundDone(
@@ -124,6 +130,7 @@ class Rounds:
                 accepted=len(replies),
                 asked=len(chosen),
                 used_bytes=self.ledger.used_bytes,
+                epsilon=self._epsilon_after(server_round),
                 tokens=sum(_number(reply, "tokens") for reply in replies),
                 seconds=time.monotonic() - started,
             )
@@ -146,8 +153,7 @@ class Rounds:
         try:
             self.ledger.reserve(sum(map(counted_bytes, messages)) + replies_bytes)
         except CapError as error:
-            if self.done and not self.run.adapter_folder(self.done).is_dir():
-                self._save_adapter(self.done)
+            self._save_last()
             raise CapError(
                 f"{error.message} The run stopped after round {self.done} of {self.config.federation.rounds}; its state and "
                 f"adapter are saved.",
@@ -155,7 +161,13 @@ class Rounds:
             ) from None
         for message, each in zip(messages, expected, strict=True):
             self._enter(server_round, each.client.partition, "down", message, "ok")
-        screen = Screen(server_round, expected, communication.up_format, self.config.federation.max_examples)
+        screen = Screen(
+            server_round,
+            expected,
+            communication.up_format,
+            self.config.federation.max_examples,
+            with_loss=self.config.privacy.mode != "local",
+        )
         answered = set()
         for reply in self.grid.send_and_receive(messages, timeout=timeout_s):
             verdict = screen.admit(reply)
@@ -166,6 +178,30 @@ class Rounds:
         for client in chosen:
             if client.partition not in answered:
                 yield Refused(client, f"no reply within {timeout_s:g} s", "error")
+
+    def _check_privacy(self, server_round: int) -> None:
+        """Stop before a round that would pass the privacy budget."""
+        privacy, epsilon = self.config.privacy, self._epsilon_after(server_round)
+        if epsilon is None or epsilon <= privacy.epsilon:
+            return
+        self._save_last()
+        raise CapError(
+            f"Round {server_round} would bring epsilon to {epsilon:.2f}, above privacy.epsilon = {privacy.epsilon:g} (delta "
+            f"{privacy.delta:g}). The run stopped after round {self.done} of {self.config.federation.rounds}; its state and "
+            f"adapter are saved.",
+            hint=f"A larger budget: fedtune train --resume {self.run.path} --set privacy.epsilon=…",
+        )
+
+    def _epsilon_after(self, server_round: int) -> float | None:
+        """Return what the client that was asked most often has spent after a round; None without privacy."""
+        if self.accountant is None:
+            return None
+        return self.accountant.epsilon_after(self.accountant.participations(server_round))
+
+    def _save_last(self) -> None:
+        """Write the adapter of the last committed round, if that was none that is kept."""
+        if self.done and not self.run.adapter_folder(self.done).is_dir():
+            self._save_adapter(self.done)
 
     def _messages(self, server_round: int, outgoing: Sequence[Outgoing], rate: float) -> list[Message]:
         """Return a message for each client, encoded; clients that are sent the same share one content."""
@@ -184,12 +220,28 @@ class Rounds:
             messages.append(Message(contents[key], sent.client.node, MessageType.TRAIN))
         return messages
 
-    def _aggregate(self, server_round: int, replies: Sequence[Accepted]) -> float:
-        """Let the algorithm aggregate the accepted replies, in partition order; return the mean loss."""
+    def _aggregate(self, server_round: int, replies: Sequence[Accepted], asked: int) -> float | None:
+        """Let the algorithm aggregate the accepted replies, in partition order; return the mean loss, if clients told theirs."""
         ordered = sorted(replies, key=lambda reply: reply.client.partition)
-        self.tensors = self.algorithm.aggregate(server_round, self.tensors, ordered)
+        central = self.config.privacy.mode == "central"
+        averaged = self._privatised(server_round, ordered, asked) if central else ordered
+        self.tensors = self.algorithm.aggregate(server_round, self.tensors, averaged)
+        if any("train-loss" not in reply.metrics for reply in ordered):
+            return None
         losses = [float(reply.metrics["train-loss"]) for reply in ordered]  # type: ignore[arg-type]
         return sum(loss * weight for loss, weight in zip(losses, weights_of(ordered), strict=True))
+
+    def _privatised(self, server_round: int, replies: Sequence[Accepted], asked: int) -> list[Accepted]:
+        """Return the replies with the noisy average in the place of each: an algorithm sees nothing else of them."""
+        average = noisy_average(
+            {name: self.tensors[name] for name in replies[0].tensors},
+            {reply.client.partition: reply.tensors for reply in replies},
+            self.config.privacy,
+            asked=asked,
+            key=self.noise_key,
+            server_round=server_round,
+        )
+        return [replace(reply, tensors=average, metrics={**reply.metrics, "num-examples": 1}) for reply in replies]
 
     def _enter(self, server_round: int, partition: int, direction: str, message: Message, status: str) -> None:
         self.ledger.add(
@@ -267,6 +319,9 @@ class Rounds:
 
         def fill(folder: Path) -> None:
             save_file(self.tensors, folder / "adapter.safetensors")
+            if self.config.privacy.mode == "central":
+                (folder / _NOISE_KEY).touch(mode=0o600)
+                (folder / _NOISE_KEY).write_bytes(self.noise_key)
             if state := self.algorithm.state():
                 save_file(state, folder / "algorithm.safetensors")
             (folder / "progress.json").write_text(json.dumps(vars(progress)), encoding="utf-8")
@@ -293,9 +348,13 @@ class Rounds:
         progress = Progress(0, 0, 0)
         if state is not None:
             progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
-            self.tensors = load_file(state / "adapter.safetensors")
+            # Read, not mapped: the folder goes when newer states are there.
+            loaded = load((state / "adapter.safetensors").read_bytes())
+            self.tensors = {name: loaded[name] for name in self.shapes}  # files are in alphabetical order
+            if (secret := state / _NOISE_KEY).is_file():
+                self.noise_key = secret.read_bytes()
             if (kept := state / "algorithm.safetensors").is_file():
-                self.algorithm.restore(load_file(kept))
+                self.algorithm.restore(load(kept.read_bytes()))
         cut_to(self.run.metrics_file, progress.metrics_bytes)
         if len(self.ledger.entries) > progress.ledger_entries:
             self.ledger.mark_lost(progress.ledger_entries)

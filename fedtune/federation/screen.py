@@ -76,7 +76,9 @@ class Expected:
 class Screen:
     """The screen of one round."""
 
-    def __init__(self, server_round: int, expected: Sequence[Expected], form: str, max_examples: int) -> None:
+    def __init__(
+        self, server_round: int, expected: Sequence[Expected], form: str, max_examples: int, *, with_loss: bool = True
+    ) -> None:
         """Set up a screen.
 
         Args:
@@ -84,8 +86,10 @@ class Screen:
             expected: What each client that was asked is to reply.
             form: Wire dtype or packed format that was agreed on.
             max_examples: The most examples that any client may claim.
+            with_loss: Whether a reply must tell its training loss.
         """
         self.server_round = server_round
+        self.with_loss = with_loss
         self.expected = {each.client.node: each for each in expected}
         self.form = form
         self.max_examples = max_examples
@@ -122,7 +126,7 @@ class Screen:
         if not isinstance(examples, int | float) or not math.isfinite(examples) or not 0 < examples <= most:
             raise WireError(f"num-examples is {examples!r}, not a number above 0 and at most {most}")
         loss = metrics.get("train-loss")
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
+        if (self.with_loss or loss is not None) and (not isinstance(loss, int | float) or not math.isfinite(loss)):
             raise WireError(f"train-loss is {loss!r}, not a finite number")
         tensors = decode(arrays, expected.shapes, self.form)
         if self.form in PACKED_FORMATS:

@@ -50,8 +50,13 @@ def write_report(run: RunDirectory) -> None:
     entries = read_json_lines(run.ledger_file)
     about = run.read_about()
     accepted = [line for line in lines if line["status"] == "ok"]
+    told = [line for line in accepted if "train_loss" in line]  # under local privacy clients keep their losses
     rounds = sorted({line["round"] for line in accepted})
-    losses = [(float(number), _mean_loss([line for line in accepted if line["round"] == number])) for number in rounds]
+    losses = [
+        (float(number), _mean_loss(of_round))
+        for number in rounds
+        if (of_round := [line for line in told if line["round"] == number])
+    ]
     rates = [(float(line["round"]), float(line["learning_rate"])) for line in accepted]
     name = html.escape(run.path.name)
     sections = [
@@ -60,7 +65,7 @@ def write_report(run: RunDirectory) -> None:
         f"<h1>{name}</h1><p class=quiet>{html.escape(_summary(config, rounds))}</p>",
         _eligibility(about),
         "<h2>Training loss per round</h2>",
-        _chart([*_client_curves(accepted), Curve("mean of the round", losses, "#2563eb", 2.5)], "round", "loss"),
+        _chart([*_client_curves(told), Curve("mean of the round", losses, "#2563eb", 2.5)], "round", "loss"),
         "<h2>Learning rate per round</h2>",
         _chart([Curve("learning rate", sorted(set(rates)), "#0f766e")], "round", "learning rate"),
         "<h2>Communication</h2>",
@@ -132,7 +137,7 @@ def _clients(lines: Sequence[Mapping[str, Any]]) -> str:
         good = [line for line in own if line["status"] == "ok"]
         cells = (
             [str(good[-1]["num_examples"]), f"{good[0]['train_loss']:.4f}", f"{good[-1]['train_loss']:.4f}"]
-            if good
+            if good and "train_loss" in good[0] and "train_loss" in good[-1]
             else ["–", "–", "–"]
         )
         values = [str(partition), str(len(own)), *cells, str(len(own) - len(good))]

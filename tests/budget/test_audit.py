@@ -14,7 +14,7 @@ from simulated import Faults, KilledError, exchange
 
 from fedtune.budget.audit import Audit, audit, explain
 from fedtune.budget.ledger import Entry, read_ledger
-from fedtune.budget.plan import Plan, plan
+from fedtune.budget.plan import Sizes, plan
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ConfigError, MissingError, UsageError
@@ -188,18 +188,23 @@ ENTRIES = st.lists(
 )
 
 
-@given(ENTRIES, st.integers(0, 4), st.sampled_from(["finished", "running", "stopped"]))
-def test_the_causes_always_add_up(entries: list[Entry], done: int, state: str) -> None:
-    forecast = PLAN
-    found = explain(entries, forecast, done, state)  # type: ignore[arg-type]
+SIZES = [
+    Sizes(small(*settings)[0], {"m.lora_A.weight": (2, 20), "m.lora_B.weight": (10, 2)})
+    for settings in (
+        (),
+        ("strategy.name=rolora",),
+        ("strategy.name=fedex-lora", "federation.fraction=0.7"),
+        ("strategy.name=flexlora", "strategy.ranks=[1, 2]", "adapter.rank=2", "federation.fraction=0.7"),
+    )
+]
+"""Messages that are all the same, that differ by round, and that differ by client."""
+
+
+@given(ENTRIES, st.sampled_from(SIZES), st.integers(0, 4), st.sampled_from(["finished", "running", "stopped"]))
+def test_the_causes_always_add_up(entries: list[Entry], sizes: Sizes, done: int, state: str) -> None:
+    found = explain(entries, sizes, done, state)  # type: ignore[arg-type]
+    forecast = plan(sizes.config, sizes.shapes)
     assert sum(cause.bytes for cause in found) == sum(entry.bytes for entry in entries) - forecast.total_bytes
-
-
-def _plan() -> Plan:
-    return plan(small()[0], {"w": (10, 20)})
-
-
-PLAN = _plan()
 
 
 def test_an_empty_run(tmp_path: Path) -> None:

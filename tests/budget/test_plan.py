@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import constant
 from flwr.supercore import constant as supercore
@@ -15,18 +16,26 @@ from hypothesis import strategies as st
 from simulated import exchange
 
 from fedtune.budget import count
-from fedtune.budget.count import WIRE_FORMATS, serialised_bytes
+from fedtune.budget.count import PACKED_FORMATS, WIRE_FORMATS, serialised_bytes
 from fedtune.budget.envelope import message_span, reply_span
 from fedtune.budget.fit import WIRE_DTYPES
-from fedtune.budget.plan import plan, transfer_time
+from fedtune.budget.ledger import Entry, read_ledger
+from fedtune.budget.plan import Sizes, plan, shapes_of, transfer_time
+from fedtune.budget.traffic import OFFSET_STRATEGIES, down_shapes, up_shapes
 from fedtune.config.facts import Architecture, load_preset, preset_names
 from fedtune.config.load import load_config, strategy_options
-from fedtune.config.schema import FedTuneConfig
+from fedtune.config.schema import Codec, FedTuneConfig
+from fedtune.config.strategies import replies_needed
 from fedtune.federation.engines.in_process import InProcessGrid
+from fedtune.federation.wire import encode
 from fedtune.models.shapes import adapter_shapes
 from fedtune.units import parse_rate
 
-STRATEGIES = [typing.get_args(option.model_fields["name"].annotation)[0] for option in strategy_options()]
+NAMED = {typing.get_args(option.model_fields["name"].annotation)[0]: option for option in strategy_options()}
+STRATEGIES = list(NAMED)
+NEEDED = {name: replies_needed(option(name=name)) for name, option in NAMED.items()}  # type: ignore[arg-type,call-arg]
+CODECS = typing.get_args(Codec)
+FORMATS = [*WIRE_FORMATS, *PACKED_FORMATS]
 SMALL = Architecture(base="x", layers=1, hidden=12, heads=2, kv_heads=1, head_dim=6, default_targets=("q_proj",))
 TARGETS = st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj"]), min_size=1).map(sorted)
 
@@ -57,114 +66,126 @@ def test_a_plan_by_hand() -> None:
     assert planned.client_bytes == planned.total_bytes / 5
 
 
-@pytest.mark.usefixtures("flower_identity")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rank=st.integers(1, 70),
-    targets=TARGETS,
-    dtype=st.sampled_from(WIRE_DTYPES),
-    strategy=st.sampled_from(STRATEGIES),
-    rounds=st.integers(1, 3),
-    clients=st.integers(1, 6),
-    fraction=st.floats(0.01, 1.0),
-    steps=st.integers(1, 12),
-)
-def test_forecast_is_the_ledger_of_a_simulated_exchange(
-    tmp_path_factory: pytest.TempPathFactory,
-    rank: int,
-    targets: list[str],
-    dtype: str,
-    strategy: str,
-    rounds: int,
-    clients: int,
-    fraction: float,
-    steps: int,
-) -> None:
-    config = config_of(
+@st.composite
+def configs(draw: st.DrawFn) -> FedTuneConfig:
+    """Every strategy, as many clients as it needs or more, every way to write messages, each direction its own."""
+    rank, name = draw(st.integers(1, 70)), draw(st.sampled_from(STRATEGIES))
+    asked = NEEDED[name] + draw(st.integers(0, 2))
+    clients = asked + draw(st.integers(0, 4))
+    codecs = {
+        f"communication__{key}": codec
+        for key in ("codec", "uplink_codec", "downlink_codec")
+        if (codec := draw(st.sampled_from([None, *CODECS])))
+    }
+    ranks = draw(st.lists(st.integers(1, rank), max_size=3)) if name == "flexlora" else None
+    return config_of(
         adapter__rank=rank,
-        adapter__targets=targets,
-        communication__wire_dtype=dtype,
-        strategy__name=strategy,
-        federation__rounds=rounds,
+        adapter__targets=draw(TARGETS),
+        communication__wire_dtype=draw(st.sampled_from(WIRE_DTYPES)),
+        strategy__name=name,
+        **({} if ranks is None else {"strategy__ranks": ranks}),
+        federation__rounds=draw(st.integers(1, 4)),
         federation__clients=clients,
-        federation__fraction=fraction,
-        training__max_steps=steps,
+        federation__fraction=min(1.0, (asked + draw(st.floats(0, 0.9))) / clients),
+        training__max_steps=draw(st.integers(1, 12)),
         checkpoint__save_every=100,
+        **codecs,
     )
+
+
+@pytest.mark.usefixtures("flower_identity")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=configs())
+def test_forecast_is_the_ledger_of_a_simulated_exchange(
+    tmp_path_factory: pytest.TempPathFactory, config: FedTuneConfig
+) -> None:
     shapes = adapter_shapes(config.model, config.adapter, SMALL)
     entries = exchange(tmp_path_factory.mktemp("run"), config, shapes)
     check(config, [entry for entry in entries if entry.kind == "train"], shapes)
 
 
-def check(config: FedTuneConfig, training: list, shapes: dict | None = None) -> None:  # type: ignore[type-arg]
+def check(config: FedTuneConfig, training: list[Entry], shapes: count.Shapes) -> None:
     """The plan is what the ledger holds, to the byte; serialised bytes lie in their spans."""
-    planned = plan(config, shapes)
+    planned, sizes = plan(config, shapes), Sizes(config, shapes)
     assert {entry.status for entry in training} == {"ok"}
-    assert {entry.bytes for entry in training if entry.direction == "down"} == {planned.message_bytes}
-    assert {entry.bytes for entry in training if entry.direction == "up"} == {planned.reply_bytes}
-    assert sum(entry.bytes for entry in training) == planned.total_bytes
-    for server_round in range(1, planned.rounds + 1):
-        assert sum(entry.bytes for entry in training if entry.round == server_round) == planned.round_bytes
     for entry in training:
-        span = planned.serialised_message if entry.direction == "down" else planned.serialised_reply
+        place = entry.round, entry.node
+        assert entry.bytes == sizes.pair(*place)[entry.direction == "up"]
+        if entry.direction == "down":
+            span = message_span(config, down_shapes(config, shapes, *place))
+        else:
+            span = reply_span(config, up_shapes(config, shapes, *place))
         assert span.low <= entry.serialised_bytes <= span.high
+    by_round = [
+        sum(entry.bytes for entry in training if entry.round == number) for number in range(1, planned.rounds + 1)
+    ]
+    assert by_round == [sizes.round(number) for number in range(1, planned.rounds + 1)]
+    assert planned.round_bytes == max(by_round)
+    for direction, total in (("down", planned.down_bytes), ("up", planned.up_bytes)):
+        assert sum(entry.bytes for entry in training if entry.direction == direction) == total
+    assert planned.total_bytes == sum(by_round)
     total = sum(entry.serialised_bytes for entry in training)
     assert planned.serialised_total.low <= total <= planned.serialised_total.high
+    largest = max(sum(sizes.pair(entry.round, entry.node)) for entry in training)
+    assert planned.client_round_bytes == planned.message_bytes + planned.reply_bytes == largest
+    if not planned.varies:
+        assert {entry.bytes for entry in training if entry.direction == "down"} == {planned.message_bytes}
+        assert {entry.bytes for entry in training if entry.direction == "up"} == {planned.reply_bytes}
 
 
-CASES = range(max(len(STRATEGIES), len(WIRE_DTYPES)))
+CASES = range(len(STRATEGIES))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None:
-    """A real run: base model, tokenizer, training, the client as it ships. Every strategy and wire dtype comes up, DoRA and modules to save too."""
-    from fedtune.budget.ledger import read_ledger
+    """A real run: base model, tokenizer, training, the client as it ships. Every strategy and way to write messages comes up."""
     from fedtune.federation.train import train
 
+    name = STRATEGIES[case % len(STRATEGIES)]
     choices = [
-        f"strategy.name={STRATEGIES[case % len(STRATEGIES)]}",
+        f"strategy.name={name}",
         f"communication.wire_dtype={WIRE_DTYPES[case % len(WIRE_DTYPES)]}",
+        f"communication.codec={CODECS[case // 2 % len(CODECS)]}",
         f"adapter.dora={'true' if case == 0 else 'false'}",
         f"adapter.modules_to_save={['lm_head'] if case == 1 else []}",
+        f"federation.fraction={max(2, NEEDED[name]) / 8}",
+        f"federation.rounds={2 if name in (*OFFSET_STRATEGIES, 'rolora') else 1}",
     ]
-    small = ["federation.rounds=1", "federation.fraction=0.25", "training.max_steps=1", "training.batch_size=2"]
-    config = load_config(challenge="tiny", settings=[*small, *choices]).config
+    config = load_config(challenge="tiny", settings=[*choices, "training.max_steps=1", "training.batch_size=2"]).config
     result = train(config, out=tmp_path)
-    check(config, [entry for entry in read_ledger(result.run / "ledger.jsonl") if entry.kind == "train"])
+    training = [entry for entry in read_ledger(result.run / "ledger.jsonl") if entry.kind == "train"]
+    check(config, training, shapes_of(config))
 
 
 @pytest.mark.usefixtures("flower_identity")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dtype", WIRE_DTYPES)
-def test_the_bounds_of_a_span_are_reached(strategy: str, dtype: str) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_bounds_of_a_span_are_reached(strategy: str, form: str) -> None:
     """The shortest and the longest message and reply that there can be, built and measured."""
+    packed = form.removeprefix("packed-") if form in PACKED_FORMATS else ""
     config = config_of(
-        communication__wire_dtype=dtype,
+        **({"communication__codec": packed} if packed else {"communication__wire_dtype": form}),
         strategy__name=strategy,
         federation__clients=200,
         federation__rounds=300,
         training__max_steps=40,
     )
     shapes = {"a.lora_A.weight": (3, 50), "a.lora_B.weight": (50, 3), "ünï": (1,)}
-    form = WIRE_FORMATS[dtype]
-    arrays = ArrayRecord(
-        {
-            name: Array(form.name, shape, form.stype, count.npy_header(form.npy, shape) + bytes(size))
-            for name, shape in shapes.items()
-            for size in [int(np.prod(shape)) * np.dtype(form.npy).itemsize]
-        }
-    )
-    orders = {"proximal-mu": 0.1} if strategy == "fedprox" else {}
+    a_round = config.federation.clients_per_round * config.adapter.rank
     grid = InProcessGrid(echo_app(), 200, {})
     rows = 40 * config.training.rows_per_step
     tokens = rows * config.training.sequence_length
-    found = []
+    found, spans = [], []
     for node, server_round, steps, numbers in (
         (2, 1, 1, (1, 1, 1, 1)),
         (201, 300, 40, (config.federation.max_examples, rows, tokens, tokens)),
     ):
+        down, up = (each(config, shapes, server_round, node - 2) for each in (down_shapes, up_shapes))
+        orders: dict[str, float] = {"proximal-mu": 0.1} if strategy == "fedprox" else {}
+        if strategy in OFFSET_STRATEGIES:
+            orders = {"offset-rank": (server_round - 1) * a_round}
         config_record = ConfigRecord({**orders, "learning-rate": 1e-5, "server-round": server_round})
-        message = Message(RecordDict({"arrays": arrays, "config": config_record}), node, "train")
+        message = Message(RecordDict({"arrays": zeros(down, form), "config": config_record}), node, "train")
         examples, of_rows, of_tokens, of_response = numbers
         metrics = MetricRecord(
             {
@@ -178,11 +199,16 @@ def test_the_bounds_of_a_span_are_reached(strategy: str, dtype: str) -> None:
                 "seconds": 1.0,
             }
         )
-        ECHO["content"] = RecordDict({"arrays": arrays, "metrics": metrics})
+        ECHO["content"] = RecordDict({"arrays": zeros(up, form), "metrics": metrics})
         (answer,) = grid.send_and_receive([message])
         found.append((serialised_bytes(message), serialised_bytes(answer)))
-    message_bytes, reply_bytes = message_span(config, shapes), reply_span(config, shapes)
-    assert found == [(message_bytes.low, reply_bytes.low), (message_bytes.high, reply_bytes.high)]
+        spans.append((message_span(config, down), reply_span(config, up)))
+    (shortest, shortest_reply), (longest, longest_reply) = spans
+    assert found == [(shortest.low, shortest_reply.low), (longest.high, longest_reply.high)]
+
+
+def zeros(shapes: count.Shapes, form: str) -> ArrayRecord:
+    return encode({name: torch.zeros(shape) for name, shape in shapes.items()}, form)
 
 
 ECHO: dict[str, RecordDict] = {}

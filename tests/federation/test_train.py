@@ -124,3 +124,16 @@ def test_a_quantized_base_trains_on_the_cpu(tmp_path: Path, quantization: str) -
     result, _ = run(tmp_path, f"model.quantization={quantization}", "training.optimizer=paged_adamw_8bit")
     assert result.refused == 0
     assert result.last_loss > 0
+
+
+def test_the_text_of_a_clients_exception_stays_with_it(flower_identity: None) -> None:
+    """On Flower's own engines as well: they would send the text of an exception to the server."""
+    from flwr.app import Context, Message, RecordDict
+
+    from fedtune.federation import client
+
+    secret = {"fedtune-config": '{"data": {"source": "/home/ward7/secret.jsonl"}}'}
+    context = Context(run_id=1, node_id=2, node_config={"partition-id": 0}, state=RecordDict(), run_config=dict(secret))
+    reply = client.app(Message(RecordDict(), 2, "query"), context)
+    assert reply.has_error()
+    assert reply.error.reason == "MissingError"

@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
+from fedtune.federation.node import IN_PROCESS, error_text
 from fedtune.runs.directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class InProcessGrid(Grid):
             partition + _FIRST_CLIENT_NODE: Context(
                 run_id=_RUN_ID,
                 node_id=partition + _FIRST_CLIENT_NODE,
-                node_config={"partition-id": partition, "num-partitions": clients},
+                node_config={"partition-id": partition, "num-partitions": clients, IN_PROCESS: True},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
@@ -96,14 +97,11 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             reply = self._app(message, context)
-        except ClientError as error:
-            reply = Message(Error(_CLIENT_RAISED, str(error)), reply_to=message)
-        except FedTuneError:
-            raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
         except Exception as error:
+            if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
+                raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
             log.debug("the client on node %d failed", message.metadata.dst_node_id, exc_info=True)
-            # Only the class's name leaves a client: an exception's text may hold data or secrets.
-            reply = Message(Error(_CLIENT_RAISED, type(error).__name__), reply_to=message)
+            reply = Message(Error(_CLIENT_RAISED, error_text(error)), reply_to=message)
         # Flower leaves a message's source to the node that sends it.
         reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
         return reply

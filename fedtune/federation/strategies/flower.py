@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy.fedopt import FedOpt
 
 from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies import replies_needed
 from fedtune.errors import FederationError
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client
 from fedtune.federation.strategies.base import Algorithm, Outgoing
@@ -45,7 +48,7 @@ class OnFlower(Algorithm):
         """Let the strategy make its messages, and take from them what it orders."""
         by_node = {client.node: client for client in clients}
         messages = self.strategy.configure_train(
-            server_round, encode(adapter, "float32"), ConfigRecord(), NodesOfRound(list(by_node))
+            server_round, self.record(adapter), ConfigRecord(), NodesOfRound(list(by_node))
         )
         sent: dict[int, AdapterTensors] = {}
         found = []
@@ -58,18 +61,85 @@ class OnFlower(Algorithm):
             found.append(Outgoing(by_node[message.metadata.dst_node_id], tensors, orders))  # type: ignore[arg-type]
         return sorted(found, key=lambda each: each.client.partition)
 
-    def aggregate(
-        self,
-        server_round: int,
-        adapter: AdapterTensors,  # noqa: ARG002
-        replies: Sequence[Accepted],
-    ) -> AdapterTensors:
-        """Let the strategy aggregate the replies; some compute in float64, the result is float32 again."""
-        arrays, _ = self.strategy.aggregate_train(server_round, [_message_of(reply) for reply in replies])
+    def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
+        """Let the strategy aggregate the replies; some compute in float64, the result is float32 again.
+
+        Raises:
+            FederationError: there are too few replies for the strategy to withstand whom it says it does.
+        """
+        name, needed = self.config.strategy.name, replies_needed(self.config.strategy)
+        if len(replies) < needed:
+            raise FederationError(
+                f"Round {server_round} has {len(replies)} usable replies, and strategy.name = {name} needs {needed}. "
+                f"The state after round {server_round - 1} is saved.",
+                hint="Once the clients are back: fedtune train --resume",
+            )
+        messages = [self.message(reply, adapter) for reply in replies]
+        arrays, _ = self.strategy.aggregate_train(server_round, messages)
         if arrays is None:
             raise FederationError(f"The strategy aggregated nothing in round {server_round}.")
-        float32 = ArrayRecord({name: Array(array.numpy().astype("<f4", copy=False)) for name, array in arrays.items()})
-        return decode(float32, self.shapes, "float32")
+        return {name: self.tensor(name, arrays, adapter) for name in self.shapes}
+
+    def record(self, tensors: AdapterTensors) -> ArrayRecord:
+        """Return the tensors as a strategy wants them: float32 arrays in the adapter's order."""
+        return encode({name: tensors[name] for name in self.shapes}, "float32")
+
+    def message(self, reply: Accepted, adapter: AdapterTensors) -> Message:  # noqa: ARG002
+        """Return the reply as the strategy wants it."""
+        return _message(reply.client.node, self.record(reply.tensors), float(reply.metrics["num-examples"]))  # type: ignore[arg-type]
+
+    def tensor(self, name: str, arrays: ArrayRecord, adapter: AdapterTensors) -> torch.Tensor:  # noqa: ARG002
+        """Return a tensor of the next adapter from the strategy's result."""
+        return torch.from_numpy(arrays[name].numpy()).to(torch.float32)
+
+
+class OnComparison(OnFlower):
+    """On a strategy that compares clients with each other: it is shown their differences from the adapter, in float64.
+
+    Flower has ||x - y||² as ||x||² + ||y||² - 2x·y, which in float32 leaves nothing of the distances between adapters that are
+    nearly the same. What a client says of its number of examples is not passed on: a hostile one would claim the most.
+    """
+
+    def message(self, reply: Accepted, adapter: AdapterTensors) -> Message:
+        """Return the reply's differences from the adapter."""
+        differences = {name: reply.tensors[name].double() - adapter[name].double() for name in self.shapes}
+        record = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in differences.items()})
+        return _message(reply.client.node, record, 1.0)
+
+    def tensor(self, name: str, arrays: ArrayRecord, adapter: AdapterTensors) -> torch.Tensor:
+        """Return the adapter's tensor, moved by the strategy's result."""
+        return (adapter[name].double() + torch.from_numpy(arrays[name].numpy())).to(torch.float32)
+
+
+class OnMoments(OnFlower):
+    """On one of Flower's adaptive optimisers, whose moments are the state; v starts at tau², as the paper has it."""
+
+    strategy: FedOpt
+
+    def __init__(self, config: FedTuneConfig, shapes: Shapes, strategy: FedOpt) -> None:
+        """Set up on `strategy`."""
+        super().__init__(config, shapes, strategy)
+        zero = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        strategy.m_t = {name: tensor.numpy() for name, tensor in zero.items()}
+        strategy.v_t = {name: (tensor + strategy.tau**2).numpy() for name, tensor in zero.items()}
+
+    def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
+        """Step from `adapter` along the first moment, divided by the root of the second."""
+        self.strategy.current_arrays = {name: adapter[name].numpy() for name in self.shapes}
+        return super().aggregate(server_round, adapter, replies)
+
+    def state(self) -> AdapterTensors:
+        """Return both moments by the adapter's names."""
+        return {
+            f"{moment}.{name}": torch.from_numpy(values)
+            for moment in ("m_t", "v_t")
+            for name, values in getattr(self.strategy, moment).items()
+        }
+
+    def restore(self, state: AdapterTensors) -> None:
+        """Take up both moments."""
+        for moment in ("m_t", "v_t"):
+            setattr(self.strategy, moment, {name: state[f"{moment}.{name}"].numpy() for name in self.shapes})
 
 
 class NodesOfRound(Grid):
@@ -108,10 +178,8 @@ class NodesOfRound(Grid):
         raise NotImplementedError("a strategy sends nothing itself")
 
 
-def _message_of(reply: Accepted) -> Message:
-    """Return the reply as a strategy wants it: float32 arrays, and of the metrics only those that are averaged."""
-    metrics = {"num-examples": reply.metrics["num-examples"], "train-loss": reply.metrics.get("train-loss", 0.0)}
-    content = RecordDict({ARRAYS: encode(reply.tensors, "float32"), METRICS: MetricRecord(metrics)})
-    answer = Message(content, reply_to=Message(RecordDict(), reply.client.node, MessageType.TRAIN))
-    answer.metadata.__dict__["_src_node_id"] = reply.client.node
-    return answer
+def _message(node: int, arrays: ArrayRecord, examples: float) -> Message:
+    """Return a reply with what strategies look at."""
+    metrics = MetricRecord({"num-examples": examples})
+    content = RecordDict({ARRAYS: arrays, METRICS: metrics})
+    return Message(content, reply_to=Message(RecordDict(), node, MessageType.TRAIN))

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedtune.budget.count import Shapes
-from fedtune.budget.traffic import CONTROL
+from fedtune.budget.traffic import CONTROL, down_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies import Scaffold as Options
 from fedtune.federation.screen import Accepted, Client
@@ -35,9 +35,11 @@ class Scaffold(Algorithm):
         self.step = options.server_learning_rate
         self.control = {name: torch.zeros(shape) for name, shape in shapes.items()}
 
-    def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:  # noqa: ARG002
+    def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:
         """Send the adapter and c."""
-        tensors = adapter | {CONTROL + name: tensor for name, tensor in self.control.items()}
+        held = adapter | {CONTROL + name: tensor for name, tensor in self.control.items()}
+        wanted = down_shapes(self.config, self.shapes, server_round, clients[0].partition)
+        tensors = {name: held[name] for name in wanted}  # packed messages have no names: the order is what counts
         return [Outgoing(client, tensors) for client in clients]
 
     def reference(self, server_round: int, sent: Outgoing) -> AdapterTensors:  # noqa: ARG002
