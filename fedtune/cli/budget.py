@@ -190,7 +190,7 @@ def _show_forecast(config: FedTuneConfig, planned: Plan, cap_mib: float, time: T
     from fedtune.units import format_seconds, to_mib
 
     _say(
-        f"{config.model.base} · {planned.strategy} · {planned.wire_dtype} · {planned.arrays} arrays, "
+        f"{config.model.base} · {planned.strategy} · {_formats(planned)} · {planned.arrays} arrays, "
         f"{planned.parameters:,} parameters"
     )
     _say(f"{planned.rounds} rounds, {planned.clients_per_round} of {planned.clients} clients a round")
@@ -199,17 +199,19 @@ def _show_forecast(config: FedTuneConfig, planned: Plan, cap_mib: float, time: T
     for heading in ("bytes", "MiB", "all serialised, MiB"):
         table.add_column(heading, justify="right")
     message, reply = planned.serialised_message, planned.serialised_reply
-    messages = planned.rounds * planned.clients_per_round
-    share = messages / planned.clients
-    both = message + reply
+    of_largest = ", the largest" if planned.varies else ""
     rows: list[tuple[str, float, float]] = [
-        ("one message down", planned.message_bytes, message.high),
-        ("one message up", planned.reply_bytes, reply.high),
-        ("one client in a round", planned.client_round_bytes, both.high),
-        ("one client in the run, on average", planned.client_bytes, both.high * share),
-        ("one round", planned.round_bytes, planned.serialised_round.high),
-        ("the run, down", planned.down_bytes, message.high * messages),
-        ("the run, up", planned.up_bytes, reply.high * messages),
+        (f"one message down{of_largest}", planned.message_bytes, message.high),
+        (f"one message up{of_largest}", planned.reply_bytes, reply.high),
+        (f"one client in a round{of_largest}", planned.client_round_bytes, (message + reply).high),
+        (
+            "one client in the run, on average",
+            planned.client_bytes,
+            planned.serialised_total.high / planned.clients,
+        ),
+        (f"one round{of_largest}", planned.round_bytes, planned.serialised_round.high),
+        ("the run, down", planned.down_bytes, planned.serialised_down.high),
+        ("the run, up", planned.up_bytes, planned.serialised_up.high),
         ("the run", planned.total_bytes, planned.serialised_total.high),
     ]
     for name, counted, serialised in rows:
@@ -225,6 +227,12 @@ def _show_forecast(config: FedTuneConfig, planned: Plan, cap_mib: float, time: T
             f"{time.round_s / 3600:.4f} h a round, {time.total_s / 3600:.3f} h in total ({format_seconds(time.total_s)}), "
             "every client on a link of its own"
         )
+
+
+def _formats(planned: Plan) -> str:
+    """Return how messages are written, both ways: `float32`, or `int8 down, float32 up`."""
+    down, up = (form.removeprefix("packed-") for form in (planned.down_format, planned.up_format))
+    return down if down == up else f"{down} down, {up} up"
 
 
 def _fit(config: FedTuneConfig, what: str, cap_mib: float, as_json: bool) -> None:

@@ -147,7 +147,7 @@ class TrainProgress:
             self._say(
                 f"{time.strftime('%H:%M:%S')} round {event.round}/{self.config.federation.rounds}: "
                 f"{'' if event.loss is None else f'loss {event.loss:.4f}, '}{event.accepted} of {event.asked} clients, "
-                f"{rate:,.0f} tokens/s, {self.used:,.2f} MiB{', ' if self.spent else ''}{self.spent}"
+                f"{f'{rate:,.0f} tokens/s, ' if rate else ''}{self.used:,.2f} MiB{', ' if self.spent else ''}{self.spent}"
             )
 
 

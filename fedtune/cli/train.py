@@ -9,6 +9,7 @@ import typer
 
 from fedtune.cli import options
 from fedtune.cli.console import guarded, note, print_data, print_json, stderr
+from fedtune.errors import UsageError
 
 if TYPE_CHECKING:
     from fedtune.config.load import ResolvedConfig
@@ -69,6 +70,11 @@ def train(
         engine=engine or ("superlink" if superlink else None),
         first_files=[run.config_file] if run else None,
     )
+    if data is not None and resolved.config.federation.engine == "superlink":
+        raise UsageError(
+            "--data names rows on this machine; with a SuperLink they lie with the nodes.",
+            hint="Leave it out; each node names its own: fedtune node --data FILE",
+        )
     if dry_run:
         _show_plan(resolved, json)
         return
@@ -214,7 +220,6 @@ def _losses(result: TrainResult) -> str:
 def _check_baselines(resolved: ResolvedConfig) -> None:
     """Refuse --baselines before an hour of training when nothing could be scored afterwards."""
     from fedtune.config.facts import load_preset
-    from fedtune.errors import UsageError
 
     challenge = resolved.config.challenge
     if resolved.config.federation.engine == "superlink":

@@ -44,14 +44,14 @@ class FedAdam(Section):
 
     name: Literal["fedadam"]
     """The round's average update is a gradient for Adam."""
-    eta: float = Field(0.01, gt=0)
-    """Server learning rate."""
-    beta_1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    eta: float | None = Field(None, gt=0)
+    """Server learning rate; None is a quarter of the most that a client moves a value: learning_rate_max · max_steps."""
+    beta_1: float = Field(0.5, ge=0, lt=1)
+    """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
     beta_2: float = Field(0.99, ge=0, lt=1)
     """Decay of the second moment."""
-    tau: float = Field(1e-3, gt=0)
-    """Adaptivity: added to the root of the second moment."""
+    tau: float | None = Field(None, gt=0)
+    """Adaptivity: added to the root of the second moment; None is a tenth of eta."""
 
 
 class FedYogi(Section):
@@ -59,14 +59,14 @@ class FedYogi(Section):
 
     name: Literal["fedyogi"]
     """As FedAdam, with a second moment that grows no faster than it must."""
-    eta: float = Field(0.01, gt=0)
-    """Server learning rate."""
-    beta_1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    eta: float | None = Field(None, gt=0)
+    """Server learning rate; None is a quarter of the most that a client moves a value: learning_rate_max · max_steps."""
+    beta_1: float = Field(0.5, ge=0, lt=1)
+    """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
     beta_2: float = Field(0.99, ge=0, lt=1)
     """Decay of the second moment."""
-    tau: float = Field(1e-3, gt=0)
-    """Adaptivity: added to the root of the second moment."""
+    tau: float | None = Field(None, gt=0)
+    """Adaptivity: added to the root of the second moment; None is a tenth of eta."""
 
 
 class FedAdagrad(Section):
@@ -74,10 +74,10 @@ class FedAdagrad(Section):
 
     name: Literal["fedadagrad"]
     """The round's average update is a gradient for Adagrad."""
-    eta: float = Field(0.01, gt=0)
-    """Server learning rate."""
-    tau: float = Field(1e-3, gt=0)
-    """Adaptivity: added to the root of the sum of squares."""
+    eta: float | None = Field(None, gt=0)
+    """Server learning rate; None is a quarter of the most that a client moves a value: learning_rate_max · max_steps."""
+    tau: float | None = Field(None, gt=0)
+    """Adaptivity: added to the root of the sum of squares; None is a tenth of eta."""
 
 
 class FedMedian(Section):

@@ -69,8 +69,10 @@ def discreet(handler: Handler) -> Handler:
 def describe(message: Message, context: Context) -> Message:
     """Reply with the client's partition id and its number of rows."""
     partition = int(context.node_config["partition-id"])
-    rows = workspace_of_client(context).rows(partition)
-    metrics = MetricRecord({"partition-id": partition, "rows": len(rows)})
+    workspace = workspace_of_client(context)
+    # Under local privacy a number of rows is data like any other; every client weighs 1.
+    rows = 1 if workspace.config.privacy.mode == "local" else len(workspace.rows(partition))
+    metrics = MetricRecord({"partition-id": partition, "rows": rows})
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
@@ -139,8 +141,11 @@ def train(message: Message, context: Context) -> Message:
         outcome |= control.changes()
         kept |= control.kept()
     if config.privacy.mode == "local":
-        outcome, metrics, key = _privatised(outcome, start, config, server_round, adapted.shapes, partition, kept)
-        kept[NOISE_KEY] = key
+        # The key of any round, also of one that is repeated: another key would be another release of the same update.
+        key = state.before(config.federation.rounds + 1).get(NOISE_KEY)
+        outcome, metrics, kept[NOISE_KEY] = _privatised(
+            outcome, start, config, server_round, adapted.shapes, partition, key
+        )
     reply, owed = _reply(outcome, start, config, up_shapes(config, adapted.shapes, server_round, partition), kept)
     if kept | owed:
         state.keep(server_round, kept | owed)
@@ -184,10 +189,9 @@ def _privatised(
     server_round: int,
     shapes: Shapes,
     partition: int,
-    kept: AdapterTensors,
+    key: torch.Tensor | None,
 ) -> tuple[AdapterTensors, MetricRecord, torch.Tensor]:
     """Return what a client lets out under local privacy: a clipped and noisy adapter, metrics that tell nothing; and its key."""
-    key = kept.get(NOISE_KEY)
     secret = new_key() if key is None else bytes(int(value) for value in key)
     sent = {name: start[name] for name in up_shapes(config, shapes, server_round, partition)}
     private = noisy_average(

@@ -50,7 +50,7 @@ class ClientState:
         if self.folder is None:
             self.context.state[f"{_KEY}{server_round}"] = encode(tensors, "float32")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may hold a key
             remove_leftovers(self.folder)
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             write_bytes(self.folder / f"round-{server_round:04d}.safetensors", save(contiguous))

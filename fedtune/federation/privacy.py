@@ -7,9 +7,9 @@ average no further than any other update and the noise does not tell it.
 
 Who took part is not held to be secret. Every client knows of itself, and clients may tell each other; therefore a client's
 loss is composed over the rounds that it was asked in, without the discount that a hidden random sample would give. Flower's
-accountant (`flwr.supercore.privacy_accounting`) is not used: without that discount it knows add-or-remove only, it needs a
-package that the other dependencies' versions rule out (dp-accounting wants attrs < 24), and its Rényi bound is above the
-closed form, which is exact for Gaussians. It served to check this file: see the tests.
+accountant (`flwr.supercore.privacy_accounting`) is not used: without that discount it knows add-or-remove only, its Rényi
+bound is above the closed form, which is exact for Gaussians, and it needs an extra, dp-accounting. It served to check this
+file: see the tests.
 """
 
 from __future__ import annotations
@@ -172,10 +172,13 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def _delta(epsilon: float, mu: float) -> float:
-    """Return Φ(mu/2 - ε/mu) - e^ε · Φ(-mu/2 - ε/mu), in logarithms, for e^ε overflows where the product does not."""
-    points = torch.tensor([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu], dtype=torch.float64)
-    first, second = torch.special.log_ndtr(points).tolist()
-    return math.exp(first) - math.exp(epsilon + second)
+    """Return Φ(a) - e^ε · Φ(-b) for a = mu/2 - ε/mu and b = mu/2 + ε/mu.
+
+    ε is (b² - a²) / 2: with the scaled function erfcx(x) = e^(x²) · erfc(x) nothing overflows and no large numbers cancel.
+    """
+    a, b = mu / 2 - epsilon / mu, mu / 2 + epsilon / mu
+    scaled = float(torch.special.erfcx(torch.tensor(b / math.sqrt(2), dtype=torch.float64)))
+    return (math.erfc(-a / math.sqrt(2)) - math.exp(-a * a / 2) * scaled) / 2
 
 
 def _smallest(holds: Callable[[float], bool], high: float) -> float:

@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from safetensors.torch import load, save_file
 
-from fedtune.budget.count import Shapes, serialised_bytes, wire_bytes
+from fedtune.budget.count import PACKED_FORMATS, Shapes, serialised_bytes, wire_bytes
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines
 from fedtune.budget.traffic import sample, up_shapes
 from fedtune.config.schema import FedTuneConfig
@@ -27,7 +27,7 @@ from fedtune.federation.privacy import Accountant, new_key, noisy_average
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client, Expected, Refused, Screen, printable
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
-from fedtune.federation.wire import encode
+from fedtune.federation.wire import decode, encode
 from fedtune.models.adapter import AdapterTensors, write_adapter
 from fedtune.runs.atomic import sync_folder, write_text
 from fedtune.runs.directory import RunDirectory, append_line, cut_to
@@ -141,14 +141,8 @@ class Rounds:
         communication, timeout_s = self.config.communication, self.config.federation.client_timeout_s
         outgoing = self.algorithm.outgoing(server_round, self.tensors, chosen)
         messages = self._messages(server_round, outgoing, rate)
-        expected = [
-            Expected(
-                client=sent.client,
-                shapes=up_shapes(self.config, self.shapes, server_round, sent.client.partition),
-                reference=self.algorithm.reference(server_round, sent),
-            )
-            for sent in outgoing
-        ]
+        read: dict[int, AdapterTensors] = {}
+        expected = [self._expected(server_round, *pair, read) for pair in zip(outgoing, messages, strict=True)]
         replies_bytes = sum(wire_bytes(each.shapes, communication.up_format) for each in expected)
         try:
             self.ledger.reserve(sum(map(counted_bytes, messages)) + replies_bytes)
@@ -179,11 +173,34 @@ class Rounds:
             if client.partition not in answered:
                 yield Refused(client, f"no reply within {timeout_s:g} s", "error")
 
+    def _expected(
+        self, server_round: int, sent: Outgoing, message: Message, read: dict[int, AdapterTensors]
+    ) -> Expected:
+        """Return what a client is to reply; `read` keeps what clients read of their messages, once for those that share it."""
+        reference: AdapterTensors = {}
+        if self.config.communication.up_format in PACKED_FORMATS:
+            # Differences are from what the client has read, which a codec on the way to it has rounded.
+            place = id(sent.tensors)
+            if place not in read:
+                shapes = {name: tuple(tensor.shape) for name, tensor in sent.tensors.items()}
+                arrays = message.content.array_records[ARRAYS]
+                read[place] = decode(arrays, shapes, self.config.communication.down_format)
+            reference = self.algorithm.reference(server_round, read[place])
+        return Expected(
+            sent.client, up_shapes(self.config, self.shapes, server_round, sent.client.partition), reference
+        )
+
     def _check_privacy(self, server_round: int) -> None:
         """Stop before a round that would pass the privacy budget."""
         privacy, epsilon = self.config.privacy, self._epsilon_after(server_round)
         if epsilon is None or epsilon <= privacy.epsilon:
             return
+        if self.accountant is not None and not self.done:
+            raise CapError(
+                f"The privacy budget, privacy.epsilon = {privacy.epsilon:g} at delta {privacy.delta:g}, does not last for a "
+                f"single round: that takes {epsilon:.2f}.",
+                hint=f"For all rounds: --set privacy.noise_multiplier={self.accountant.noise_needed():g}",
+            )
         self._save_last()
         raise CapError(
             f"Round {server_round} would bring epsilon to {epsilon:.2f}, above privacy.epsilon = {privacy.epsilon:g} (delta "

@@ -94,7 +94,7 @@ def configs(draw: st.DrawFn) -> FedTuneConfig:
 
 
 @pytest.mark.usefixtures("flower_identity")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs())
 def test_forecast_is_the_ledger_of_a_simulated_exchange(
     tmp_path_factory: pytest.TempPathFactory, config: FedTuneConfig

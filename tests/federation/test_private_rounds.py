@@ -75,7 +75,15 @@ def test_the_run_stops_at_the_budget_and_says_what_is_spent(tmp_path: Path) -> N
     again.go()
 
 
-@pytest.mark.parametrize("name", ["fedmedian", "krum", "scaffold", "flora", "flexlora"])
+@pytest.mark.parametrize("name", ["fedmedian", "scaffold", "flora", "flexlora"])
 def test_strategies_that_are_no_average_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="its bound rests on an average"):
         config_of("privacy.mode=central", f"strategy.name={name}")
+
+
+def test_a_budget_that_lasts_for_no_round_is_said_at_once_with_the_noise_that_would_do(tmp_path: Path) -> None:
+    config = config_of("privacy.mode=central", "privacy.noise_multiplier=0.5", "federation.rounds=3")
+    with pytest.raises(CapError, match="does not last for a single round") as stop:
+        rounds_of(tmp_path / "run", config).go()
+    needed = float(stop.value.hint.rpartition("=")[2])
+    rounds_of(tmp_path / "enough", config_of("privacy.mode=central", f"privacy.noise_multiplier={needed}")).go()

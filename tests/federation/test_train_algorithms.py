@@ -68,5 +68,6 @@ def test_local_privacy_lets_out_no_losses(tmp_path: Path) -> None:
     }
     assert {line["num_examples"] for line in lines} == {1}
     assert (result.run / "report.html").is_file()
+    assert all(path.parent.stat().st_mode & 0o077 == 0 for path in result.run.glob("state/clients/*/*.safetensors"))
     keys = {path.read_bytes()[-64:] for path in result.run.glob("state/clients/*/*.safetensors")}
     assert len(keys) == 2, "each client has a key of its own"

@@ -43,9 +43,14 @@ class Algorithm:
         tensors = {name: adapter[name] for name in wanted}
         return [Outgoing(client, tensors) for client in clients]
 
-    def reference(self, server_round: int, sent: Outgoing) -> AdapterTensors:  # noqa: ARG002
-        """Return what a reply's differences are relative to, where the codec sends differences; other tensors come whole."""
-        return sent.tensors
+    def reference(self, server_round: int, read: AdapterTensors) -> AdapterTensors:  # noqa: ARG002
+        """Return what a reply's differences are relative to, where the codec sends differences; other tensors come whole.
+
+        Args:
+            server_round: From 1.
+            read: What the client has read of its message.
+        """
+        return read
 
     def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
         """Return the next adapter from the accepted replies, which are in partition order."""

@@ -12,11 +12,12 @@ from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies import FedAdagrad as Options
 from fedtune.federation.strategies.base import Algorithm
-from fedtune.federation.strategies.flower import EVERYONE, OnMoments
+from fedtune.federation.strategies.flower import EVERYONE, OnMoments, server_rates
 
 
 def build(config: FedTuneConfig, shapes: Shapes) -> Algorithm:
     """Return Flower's FedAdagrad with the config's rate."""
     options = config.strategy
     assert isinstance(options, Options)
-    return OnMoments(config, shapes, FedAdagrad(**EVERYONE, eta=options.eta, tau=options.tau))
+    eta, tau = server_rates(config, options)
+    return OnMoments(config, shapes, FedAdagrad(**EVERYONE, eta=eta, tau=tau))

@@ -17,7 +17,7 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies import FedAdam as Options
 from fedtune.federation.screen import Accepted
 from fedtune.federation.strategies.base import Algorithm
-from fedtune.federation.strategies.flower import EVERYONE, OnMoments
+from fedtune.federation.strategies.flower import EVERYONE, OnMoments, server_rates
 from fedtune.models.adapter import AdapterTensors
 
 
@@ -27,13 +27,14 @@ class OnAdam(OnMoments):
     def __init__(self, config: FedTuneConfig, shapes: Shapes, options: Options) -> None:
         """Set up with `options`."""
         self.options = options
-        strategy = FedAdam(**EVERYONE, eta=options.eta, beta_1=options.beta_1, beta_2=options.beta_2, tau=options.tau)
+        self.eta, tau = server_rates(config, options)
+        strategy = FedAdam(**EVERYONE, eta=self.eta, beta_1=options.beta_1, beta_2=options.beta_2, tau=tau)
         super().__init__(config, shapes, strategy)
 
     def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
         """Undo what Flower is about to multiply eta by."""
         first, second = (1 - beta ** (server_round + 1) for beta in (self.options.beta_1, self.options.beta_2))
-        self.strategy.eta = self.options.eta * first / second**0.5
+        self.strategy.eta = self.eta * first / second**0.5
         return super().aggregate(server_round, adapter, replies)
 
 

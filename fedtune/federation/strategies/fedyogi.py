@@ -13,18 +13,13 @@ from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies import FedYogi as Options
 from fedtune.federation.strategies.base import Algorithm
-from fedtune.federation.strategies.flower import EVERYONE, OnMoments
+from fedtune.federation.strategies.flower import EVERYONE, OnMoments, server_rates
 
 
 def build(config: FedTuneConfig, shapes: Shapes) -> Algorithm:
     """Return Flower's FedYogi with the config's rates."""
     options = config.strategy
     assert isinstance(options, Options)
-    strategy = FedYogi(
-        **EVERYONE,
-        eta=options.eta,
-        beta_1=options.beta_1,
-        beta_2=options.beta_2,
-        tau=options.tau,
-    )
+    eta, tau = server_rates(config, options)
+    strategy = FedYogi(**EVERYONE, eta=eta, beta_1=options.beta_1, beta_2=options.beta_2, tau=tau)
     return OnMoments(config, shapes, strategy)

@@ -17,16 +17,16 @@ from fedtune.budget.traffic import A, B, modules
 from fedtune.config.schema import FedTuneConfig
 from fedtune.federation.offset import OffsetAlgorithm
 from fedtune.federation.screen import Accepted
-from fedtune.federation.strategies.base import Algorithm, Outgoing, weighted_mean, weights_of
+from fedtune.federation.strategies.base import Algorithm, weighted_mean, weights_of
 from fedtune.models.adapter import AdapterTensors, initial_tensors
 
 
 class FLoRA(OffsetAlgorithm):
     """The stack of all rounds' adapters on the base."""
 
-    def reference(self, server_round: int, sent: Outgoing) -> AdapterTensors:
+    def reference(self, server_round: int, read: AdapterTensors) -> AdapterTensors:
         """Differences are from the round's fresh adapter."""
-        return sent.tensors | self._fresh(server_round)
+        return read | self._fresh(server_round)
 
     def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
         """Stack what the clients learnt onto the base, and start afresh."""

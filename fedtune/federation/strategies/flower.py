@@ -17,7 +17,7 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 
 from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import replies_needed
+from fedtune.config.strategies import FedAdagrad, FedAdam, FedYogi, replies_needed
 from fedtune.errors import FederationError
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client
 from fedtune.federation.strategies.base import Algorithm, Outgoing
@@ -109,6 +109,12 @@ class OnComparison(OnFlower):
     def tensor(self, name: str, arrays: ArrayRecord, adapter: AdapterTensors) -> torch.Tensor:
         """Return the adapter's tensor, moved by the strategy's result."""
         return (adapter[name].double() + torch.from_numpy(arrays[name].numpy())).to(torch.float32)
+
+
+def server_rates(config: FedTuneConfig, options: FedAdam | FedYogi | FedAdagrad) -> tuple[float, float]:
+    """Return eta and tau, those that are left open in the scale of what clients do."""
+    eta = options.eta or config.training.learning_rate_max * config.training.max_steps / 4
+    return eta, options.tau or eta / 10
 
 
 class OnMoments(OnFlower):

@@ -42,9 +42,9 @@ class Scaffold(Algorithm):
         tensors = {name: held[name] for name in wanted}  # packed messages have no names: the order is what counts
         return [Outgoing(client, tensors) for client in clients]
 
-    def reference(self, server_round: int, sent: Outgoing) -> AdapterTensors:  # noqa: ARG002
+    def reference(self, server_round: int, read: AdapterTensors) -> AdapterTensors:  # noqa: ARG002
         """Changes of control variates come whole."""
-        return {name: sent.tensors[name] for name in self.shapes}
+        return {name: read[name] for name in self.shapes}
 
     def aggregate(
         self,
