@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/fedtune eval --bench tiny --peft peft_16 --base
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev,ray]'

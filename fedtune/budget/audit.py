@@ -158,7 +158,10 @@ def explain(training: Sequence[Entry], sizes: Sizes, done: int, state: State) ->
         asked = {entry.node for entry in down}
         pairs = sum(sum(sizes.pair(number, entry.node)) for entry in down)
         unsent = sizes.config.federation.clients_per_round - len(down)
-        add(missing, pairs - sizes.round(number), 2 * unsent)
+        other = pairs - sizes.round(number)
+        add(missing, other, 2 * unsent)
+        if not unsent and other:
+            add("to other clients, of other ranks, than the seed draws", other)
         replied: set[int] = set()
         for entry in entries:
             expected = sizes.pair(number, entry.node)[entry.direction == "up"]
@@ -172,9 +175,9 @@ def explain(training: Sequence[Entry], sizes: Sizes, done: int, state: State) ->
                 add("of another size than forecast", entry.bytes - expected)
             if entry.direction == "up" and entry.node in asked:
                 replied.add(entry.node)
-        silent = [entry.node for entry in down if entry.node not in replied]
-        unheard = sum(sizes.pair(number, node)[1] for node in silent)
-        add("no reply from the client" if number <= done else pending, -unheard, len(silent))
+        silent = Counter(entry.node for entry in down) - Counter(replied)
+        unheard = sum(sizes.pair(number, node)[1] * count for node, count in silent.items())
+        add("no reply from the client" if number <= done else pending, -unheard, silent.total())
     return [Cause(text, counts[text], found[text]) for text in found]
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from fedtune.budget.count import Shapes
 from fedtune.budget.plan import Plan, plan, shapes_of
 from fedtune.config.schema import CommunicationConfig, FedTuneConfig
+from fedtune.config.strategies import replies_needed
 from fedtune.errors import CapError, FedTuneError
 from fedtune.units import to_mib
 
@@ -78,10 +79,10 @@ def fit(config: FedTuneConfig, what: What, cap_mib: float) -> Fit:
         return known[value].total_bytes
 
     value = largest(bytes_of, int(cap_mib * 2**20))
-    needed = config.federation.min_success
+    needed = max(config.federation.min_success, replies_needed(config.strategy))
     if value == 0 or known[value].clients_per_round < needed:
         of_smallest = to_mib(bytes_of(max(1, value)))
-        why = f"{needed} clients a round (federation.min_success)" if value else f"{PATHS[what]} = 1"
+        why = f"{needed} clients a round (federation.min_success, strategy.name)" if value else f"{PATHS[what]} = 1"
         raise CapError(
             f"Not even {why} stays under {cap_mib:,.2f} MiB: {PATHS[what]} = {max(1, value)} sends {of_smallest:,.2f} MiB.",
             hint="Choose another of --fit rank, rounds, clients, or a narrower communication.wire_dtype.",

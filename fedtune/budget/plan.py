@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from fedtune.budget.count import Shapes, wire_bytes
 from fedtune.budget.envelope import Span, message_span, reply_span
-from fedtune.budget.traffic import down_shapes, kind, sample, up_shapes
+from fedtune.budget.traffic import down_shapes, groups_of_rounds, sample, up_shapes
+from fedtune.budget.traffic import kind as kind_of
 from fedtune.config.facts import known_architecture
 from fedtune.config.schema import FedTuneConfig
 
@@ -95,7 +96,11 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         shapes = shapes_of(config)
     sizes = Sizes(config, shapes)
     federation = config.federation
-    counts = Counter(kind for number in range(1, federation.rounds + 1) for kind in sizes.kinds(number))
+    groups = [(sizes.kinds(number), count) for number, count in groups_of_rounds(config, shapes)]
+    counts: Counter[Kind] = Counter()
+    for drawn, count in groups:
+        for kind, messages in drawn.items():
+            counts[kind] += messages * count
     largest = max(counts, key=lambda kind: sum(sizes.of(kind)))
     message, reply = sizes.of(largest)
     down = sum(sizes.of(kind)[0] * count for kind, count in counts.items())
@@ -104,8 +109,7 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         kind: (message_span(config, sizes.down_shapes(kind)), reply_span(config, sizes.up_shapes(kind)))
         for kind in counts
     }
-    rounds = {tuple(sorted(Counter(sizes.kinds(number)).items())) for number in range(1, federation.rounds + 1)}
-    largest_round = max(rounds, key=lambda drawn: sum(sum(sizes.of(kind)) * count for kind, count in drawn))
+    largest_round = max((drawn for drawn, _ in groups), key=lambda drawn: sizes.total(drawn))
     return Plan(
         rounds=federation.rounds,
         clients=federation.clients,
@@ -122,13 +126,13 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         reply_bytes=reply,
         client_round_bytes=message + reply,
         client_bytes=(down + up) / federation.clients,
-        round_bytes=sum(sum(sizes.of(kind)) * count for kind, count in largest_round),
+        round_bytes=sizes.total(largest_round),
         down_bytes=down,
         up_bytes=up,
         total_bytes=down + up,
         serialised_message=spans[largest][0],
         serialised_reply=spans[largest][1],
-        serialised_round=_sum(_sum(spans[kind]).times(count) for kind, count in largest_round),
+        serialised_round=_sum(_sum(spans[kind]).times(count) for kind, count in largest_round.items()),
         serialised_down=_sum(spans[kind][0].times(count) for kind, count in counts.items()),
         serialised_up=_sum(spans[kind][1].times(count) for kind, count in counts.items()),
         serialised_total=_sum(_sum(spans[kind]).times(count) for kind, count in counts.items()),
@@ -144,14 +148,14 @@ class Sizes:
         self._places: dict[Kind, tuple[int, int]] = {}
         self._known: dict[Kind, tuple[int, int]] = {}
 
-    def kinds(self, server_round: int) -> list[Kind]:
-        """Return the kinds of a round's messages, one a client."""
+    def kinds(self, server_round: int) -> Counter[Kind]:
+        """Return how many messages of each kind a round has."""
         federation = self.config.federation
         # Only where clients differ does it matter who is drawn.
         by_client = self.config.strategy.name == "flexlora"
         drawn = sample(self.config, server_round) if by_client else range(1)
-        kinds = [self._kind(server_round, partition) for partition in drawn]
-        return kinds if by_client else kinds * federation.clients_per_round
+        counts = Counter(self._kind(server_round, partition) for partition in drawn)
+        return counts if by_client else Counter(dict.fromkeys(counts, federation.clients_per_round))
 
     def of(self, kind: Kind) -> tuple[int, int]:
         """Return the bytes of a message and of its reply."""
@@ -169,7 +173,11 @@ class Sizes:
 
     def round(self, server_round: int) -> int:
         """Return the bytes of a round, both ways."""
-        return sum(sum(self.of(kind)) for kind in self.kinds(server_round))
+        return self.total(self.kinds(server_round))
+
+    def total(self, counts: Mapping[Kind, int]) -> int:
+        """Return the bytes of so many messages of each kind and their replies."""
+        return sum(sum(self.of(kind)) * count for kind, count in counts.items())
 
     def down_shapes(self, kind: Kind) -> Shapes:
         """Return what a message of a kind carries."""
@@ -180,7 +188,7 @@ class Sizes:
         return up_shapes(self.config, self.shapes, *self._places[kind])
 
     def _kind(self, server_round: int, partition: int) -> Kind:
-        found = kind(self.config, self.shapes, server_round, partition)
+        found = kind_of(self.config, self.shapes, server_round, partition)
         self._places.setdefault(found, (server_round, partition))
         return found
 

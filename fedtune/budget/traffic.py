@@ -83,10 +83,27 @@ def kind(config: FedTuneConfig, shapes: Shapes, server_round: int, partition: in
     if name == "flexlora":
         return 0, rank_of(config, partition)
     if name in OFFSET_STRATEGIES:
-        a_round = config.federation.clients_per_round * config.adapter.rank
-        dense_from = max((-(-o * i // (o + i) // a_round) for o, i in modules(shapes).values()), default=0) + 2
-        return min(server_round, dense_from), 0
+        return min(server_round, _dense_from(config, shapes)), 0
     return 0, 0
+
+
+def groups_of_rounds(config: FedTuneConfig, shapes: Shapes) -> list[tuple[int, int]]:
+    """Return the run's rounds in groups that carry the same: one round of each group, and how many it has."""
+    name, rounds = config.strategy.name, config.federation.rounds
+    if name == "rolora":
+        return [(1, (rounds + 1) // 2)] + ([(2, rounds // 2)] if rounds > 1 else [])
+    if name == "flexlora" and len({rank_of(config, partition) for partition in range(config.federation.clients)}) > 1:
+        return [(number, 1) for number in range(1, rounds + 1)]  # who is drawn decides
+    if name in OFFSET_STRATEGIES:
+        last = min(rounds, _dense_from(config, shapes))
+        return [(number, 1) for number in range(1, last)] + [(last, rounds - last + 1)]
+    return [(1, rounds)]
+
+
+def _dense_from(config: FedTuneConfig, shapes: Shapes) -> int:
+    """Return a round from which on what is added to the base is a matrix for all modules, so that messages grow no more."""
+    a_round = config.federation.clients_per_round * config.adapter.rank
+    return max((-(-out * inner // (out + inner) // a_round) for out, inner in modules(shapes).values()), default=0) + 2
 
 
 def modules(shapes: Shapes) -> dict[str, tuple[int, int]]:

@@ -45,7 +45,7 @@ class FedAdam(Section):
     name: Literal["fedadam"]
     """The round's average update is a gradient for Adam."""
     eta: float | None = Field(None, gt=0)
-    """Server learning rate; None is a quarter of the most that a client moves a value: learning_rate_max · max_steps."""
+    """Server learning rate; None is a tenth of the most that a client moves a value: learning_rate_max · max_steps."""
     beta_1: float = Field(0.5, ge=0, lt=1)
     """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
     beta_2: float = Field(0.99, ge=0, lt=1)
@@ -60,7 +60,7 @@ class FedYogi(Section):
     name: Literal["fedyogi"]
     """As FedAdam, with a second moment that grows no faster than it must."""
     eta: float | None = Field(None, gt=0)
-    """Server learning rate; None is a quarter of the most that a client moves a value: learning_rate_max · max_steps."""
+    """Server learning rate; None is a tenth of the most that a client moves a value: learning_rate_max · max_steps."""
     beta_1: float = Field(0.5, ge=0, lt=1)
     """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
     beta_2: float = Field(0.99, ge=0, lt=1)
@@ -75,7 +75,7 @@ class FedAdagrad(Section):
     name: Literal["fedadagrad"]
     """The round's average update is a gradient for Adagrad."""
     eta: float | None = Field(None, gt=0)
-    """Server learning rate; None is a quarter of the most that a client moves a value: learning_rate_max · max_steps."""
+    """Server learning rate; None is a third of the most that a client moves a value: learning_rate_max · max_steps."""
     tau: float | None = Field(None, gt=0)
     """Adaptivity: added to the root of the sum of squares; None is a tenth of eta."""
 

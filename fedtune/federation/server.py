@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
+from fedtune.config.facts import known_architecture
+from fedtune.config.schema import FedTuneConfig
 from fedtune.federation.rounds import Rounds
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.models.adapter import initial_tensors
+from fedtune.models.hub import resolve_base
+from fedtune.models.shapes import adapter_shapes
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
 from fedtune.runs.report import write_report
 
 app = ServerApp()
 
+AnyRounds = TypeVar("AnyRounds", bound=Rounds)
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the context's run config describes, in the run directory that it names or in a new one."""
-    workspace = workspace_of(config_json_of(context))
-    config = workspace.config
+    config_json = config_json_of(context)
     name = str(context.run_config.get("run-dir", ""))
-    run = RunDirectory(Path(name)) if name else create_run(RUNS, config)
+    run = RunDirectory(Path(name)) if name else create_run(RUNS, workspace_of(config_json).config)
     if not name:  # started by `flwr run`: train() did not prepare the directory, and will not close it
-        write_json(run.config_file, config.model_dump(mode="json"))
-    adapted = workspace.adapted
-    Rounds(
-        grid,
-        config,
-        run,
-        initial=initial_tensors(adapted, config.seed),
-        target_modules=adapted.target_modules,
-        revision=workspace.base.revision,
-    ).go()
+        write_json(run.config_file, workspace_of(config_json).config.model_dump(mode="json"))
+    prepared(Rounds, grid, config_json, run).go()
     if not name:
         write_report(run)
+
+
+def prepared(kind: type[AnyRounds], grid: Grid, config_json: str, run: RunDirectory) -> AnyRounds:
+    """Return the rounds of a run, ready to go; the base is loaded only where shapes do not suffice, or it is here anyway."""
+    workspace = workspace_of(config_json)
+    config = workspace.config
+    if config.federation.engine == "in-process" or config.adapter.dora or config.adapter.modules_to_save:
+        adapted = workspace.adapted
+        initial = initial_tensors(adapted, config.seed)
+        targets: Sequence[str] = adapted.target_modules
+        revision = workspace.base.revision
+    else:
+        shapes = adapter_shapes(config.model, config.adapter, known_architecture(config))
+        initial = initial_tensors(shapes, config.seed)
+        targets = _targets(config, list(shapes))
+        revision = config.model.revision
+        if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+            revision = resolve_base(config.model, only_config=True).revision
+    return kind(grid, config, run, initial=initial, target_modules=targets, revision=revision)
+
+
+def _targets(config: FedTuneConfig, names: Sequence[str]) -> list[str]:
+    """Return the modules that are adapted as PEFT names them, from the names of the adapter's tensors."""
+    if isinstance(config.adapter.targets, tuple):
+        return sorted(set(config.adapter.targets))
+    modules = {re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in names}
+    # PEFT keeps the whole names of all linear modules as long as they are few.
+    whole = config.adapter.targets == "all-linear" and len(modules) < MIN_TARGET_MODULES_FOR_OPTIMIZATION
+    return sorted(modules if whole else {module.rpartition(".")[2] for module in modules})

@@ -6,19 +6,22 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fedtune.config.facts import ineligible_because
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import share_seen
 from fedtune.data.source import resolved_revision
 from fedtune.data.tokenize import check_skipped
-from fedtune.errors import Problem, UsageError
-from fedtune.federation.events import DataReady, Listener, RunOpened, listening, tell
+from fedtune.errors import MissingError, Problem, UsageError
+from fedtune.federation.events import DataReady, Event, Listener, RunOpened, listening, tell
 from fedtune.federation.workspace import workspace_of
+from fedtune.models.hub import resolve_base
 from fedtune.runs.atomic import read_json_lines, write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
 from fedtune.runs.report import write_report
@@ -26,10 +29,16 @@ from fedtune.runs.report import write_report
 _FREE_TO_CHANGE = (
     "checkpoint.save_every",
     "communication.cap_mib",
+    "federation.client_cpus",
+    "federation.client_gpus",
     "federation.client_timeout_s",
     "federation.engine",
     "federation.min_success",
+    "federation.superlink",
+    "federation.superlink_ca",
+    "federation.superlink_insecure",
     "model.gradient_checkpointing",
+    "privacy.epsilon",
 )
 """What a resumed run may change: none of these moves a bit of the adapter."""
 
@@ -45,9 +54,9 @@ class TrainResult:
     adapter: Path
     """The last adapter, the one that counts."""
     rounds: int
-    first_loss: float
-    """Mean training loss of the first round's clients."""
-    last_loss: float
+    first_loss: float | None
+    """Mean training loss of the first round's clients; None where clients do not tell it."""
+    last_loss: float | None
     """Mean training loss of the last round's clients."""
     used_bytes: int
     """The leaderboard's count of all training messages, both ways."""
@@ -87,37 +96,90 @@ def train(
     started = time.monotonic()
     # Data owners' runs are nobody else's business; who wants Flower's telemetry sets this to 1.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    if config.data.source is None:
-        raise UsageError("data.source is not set.", hint="Name your data: --data FILE, or take a --challenge.")
     if resume is not None:
         _check_same(resume, config)
     # Data first: a wrong path or an unreachable hub shows before a run directory is made or a model loaded.
-    config_json = config.model_dump_json()
-    workspace = workspace_of(config_json)
-    table = workspace.partitions.table()
-    base = workspace.base
-    pinned = pin_revisions(config, base.revision, resolved_revision(config.data))
+    place = _Elsewhere(config) if config.federation.engine == "superlink" else _Here(config)
     run = resume or create_run(out, config)
-    with run.lock(), listening(listener):
+    with run.lock(), listening(place.heard(listener)):
         if resume is None:
-            write_json(run.config_file, pinned.model_dump(mode="json"))
-        state = run.last_state()
-        tell(RunOpened(run.path, int(state.name.removeprefix("round-")) if state else 0))
-        parts = [workspace.rows(partition) for partition in range(config.federation.clients)]
-        check_skipped(parts)
-        tell(DataReady(table, sum(part.skipped for part in parts), sum(part.total for part in parts)))
-        _write_about(run, config, origins or {}, str(base.device))
+            write_json(run.config_file, place.pinned.model_dump(mode="json"))
+        tell(RunOpened(run.path, place.rounds_done(run)))
+        place.tell_data()
+        _write_about(run, config, origins or {}, place.device)
         try:
-            _run_engine(config, config_json, run)
+            _run_engine(place.config, run)
         finally:
             if run.metrics_file.exists():
                 write_report(run)
-        return _result(config, run, [len(part) for part in parts], time.monotonic() - started)
+        return _result(config, run, place.sizes, time.monotonic() - started)
 
 
-def _run_engine(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:
+class _Here:
+    """Data and base model, where they lie on this machine."""
+
+    def __init__(self, config: FedTuneConfig) -> None:
+        if config.data.source is None:
+            raise UsageError("data.source is not set.", hint="Name your data: --data FILE, or take a --challenge.")
+        self.config = config
+        self._workspace = workspace_of(config.model_dump_json())
+        self._table = self._workspace.partitions.table()
+        base = self._workspace.base
+        self.device = str(base.device)
+        self.pinned = pin_revisions(config, base.revision, resolved_revision(config.data))
+        self.sizes: list[int] = []
+
+    def heard(self, listener: Listener | None) -> Listener | None:
+        """Return who listens to the run."""
+        return listener
+
+    def rounds_done(self, run: RunDirectory) -> int:
+        """Return the last committed round of a run."""
+        state = run.last_state()
+        return int(state.name.removeprefix("round-")) if state else 0
+
+    def tell_data(self) -> None:
+        """Tokenise the data and tell of it."""
+        parts = [self._workspace.rows(partition) for partition in range(self.config.federation.clients)]
+        check_skipped(parts)
+        tell(DataReady(self._table, sum(part.skipped for part in parts), sum(part.total for part in parts)))
+        self.sizes = [len(part) for part in parts]
+
+
+class _Elsewhere:
+    """Data and base model, where they lie with a SuperLink's nodes: what is known of them here is what the nodes tell."""
+
+    def __init__(self, config: FedTuneConfig) -> None:
+        from fedtune.federation.engines import superlink
+
+        superlink.check(config.federation)
+        # One commit of the base for all nodes, which are not asked to agree on what a branch means today.
+        commit = None
+        with suppress(MissingError):
+            commit = resolve_base(config.model, only_config=True).revision
+        self.config = self.pinned = pin_revisions(config, commit, None)
+        self.device = f"the nodes of {config.federation.superlink}"
+        self.rounds_done = superlink.rounds_done
+        self.sizes: list[int] = []
+
+    def heard(self, listener: Listener | None) -> Listener:
+        """Return who listens to the run: the listener, and this, which notes the clients' rows."""
+
+        def hear(event: Event) -> None:
+            if isinstance(event, DataReady):
+                self.sizes = [row.rows for row in event.table]
+            if listener is not None:
+                listener(event)
+
+        return hear
+
+    def tell_data(self) -> None:
+        """Tell nothing: the nodes are asked when the run has begun."""
+
+
+def _run_engine(config: FedTuneConfig, run: RunDirectory) -> None:
     name = config.federation.engine.replace("-", "_")
-    import_module(f"fedtune.federation.engines.{name}").run(config, config_json, run)
+    import_module(f"fedtune.federation.engines.{name}").run(config, config.model_dump_json(), run)
 
 
 def pin_revisions(config: FedTuneConfig, base: str | None, data: str | None) -> FedTuneConfig:
@@ -184,7 +246,7 @@ def _result(config: FedTuneConfig, run: RunDirectory, sizes: list[int], seconds:
     accepted = [line for line in lines if line["status"] == "ok"]
     last = config.federation.rounds
     seen = share_seen(
-        sizes,
+        sizes or _sizes_said(config, accepted),
         [(line["partition"], line["round"]) for line in accepted],
         config.training,
         seed=config.seed,
@@ -204,8 +266,16 @@ def _result(config: FedTuneConfig, run: RunDirectory, sizes: list[int], seconds:
     )
 
 
-def round_loss(lines: list[Mapping[str, float]], server_round: int) -> float:
-    """Return a round's training loss: the mean of its clients', weighted by their numbers of examples."""
+def _sizes_said(config: FedTuneConfig, accepted: list[Mapping[str, Any]]) -> list[int]:
+    """Return what the clients' replies say of their rows; clients that never replied count as having none."""
+    said = {line["partition"]: line["num_examples"] for line in accepted}
+    return [said.get(partition, 0) for partition in range(config.federation.clients)]
+
+
+def round_loss(lines: list[Mapping[str, float]], server_round: int) -> float | None:
+    """Return a round's training loss: the mean of its clients', weighted by their numbers of examples; None where untold."""
     of_round = [line for line in lines if line["round"] == server_round]
+    if any("train_loss" not in line for line in of_round):
+        return None
     weights = sum(line["num_examples"] for line in of_round)
     return sum(line["train_loss"] * line["num_examples"] for line in of_round) / weights

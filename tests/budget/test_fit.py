@@ -64,6 +64,29 @@ def test_nothing_fits() -> None:
         fit(demanding, "clients", 1500.0)  # one client a round would fit
 
 
+@pytest.mark.parametrize("strategy", ["rolora", "scaffold", "ffa-lora", "fedex-lora"])
+@pytest.mark.parametrize("what", PATHS)
+def test_messages_that_change_over_the_rounds(strategy: str, what: What) -> None:
+    config = load_config(recipe="aloe-8b-medical", settings=[f"strategy.name={strategy}"]).config
+    found = fit(config, what, 5000.0)
+    assert found.plan == plan(found.config)
+    assert (
+        found.plan.total_bytes
+        <= 5000 * 2**20
+        < found.next_bytes
+        == plan(with_value(config, what, found.value + 1)).total_bytes
+    )
+
+
+def test_no_fewer_clients_than_the_strategy_needs() -> None:
+    """Krum needs three replies even against nobody; under 1500 MiB there is one client a round."""
+    settings = ["federation.clients=30", "strategy.name=krum", "strategy.malicious=0"]
+    config = load_config(recipe="aloe-8b-medical", settings=settings).config
+    assert fit(config, "clients", 4000.0).plan.clients_per_round == 3
+    with pytest.raises(CapError, match="3 clients a round"):
+        fit(config, "clients", 1500.0)
+
+
 def test_rank_on_the_meta_device() -> None:
     """The tiny base's shapes come from its config.json: all-linear, DoRA included."""
     config = load_config(challenge="tiny", settings=["adapter.dora=true"]).config

@@ -32,7 +32,8 @@ def one_by_one(contents: list[RecordDict], malicious: int, wanted: int) -> list[
     distances = np.zeros((len(vectors), len(vectors)))
     for one, other in combinations(range(len(vectors)), 2):
         distances[one, other] = distances[other, one] = np.square(vectors[one] - vectors[other]).sum()
-    left, chosen = list(range(len(vectors))), []
+    left = list(range(len(vectors)))
+    chosen: list[RecordDict] = []
     while len(chosen) < wanted:
         neighbours = max(1, len(left) - malicious - 2)
         scores = np.sort(distances[np.ix_(left, left)], axis=1)[:, 1 : neighbours + 1].sum(axis=1)

@@ -1,0 +1,133 @@
+"""Measures every strategy on the tiny challenge and writes docs/reference/strategies.md: `python scripts/strategies_table.py`.
+
+Each row is `fedtune train` and `fedtune eval`, as typed by hand; their results lie under runs/strategies, and a row that is there
+already is not measured again.
+
+    python scripts/strategies_table.py --only krum    # its rows only; the table holds all that there are
+    python scripts/strategies_table.py --only-table   # no runs: write the table anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import typing
+from pathlib import Path
+
+from fedtune.config.load import strategy_options
+from fedtune.runs.atomic import write_json, write_text
+from fedtune.units import to_mib
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference" / "strategies.md"
+SPLITS = {
+    "iid": ("data.partitioner=iid",),
+    "dirichlet": ("data.partitioner=dirichlet", "data.partition_by=clinic", "data.alpha=0.3"),
+}
+NAMES = [typing.get_args(option.model_fields["name"].annotation)[0] for option in strategy_options()]
+
+Row = dict[str, typing.Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", choices=NAMES, action="append", help="a strategy; may be repeated")
+    parser.add_argument("--split", choices=SPLITS, action="append", help="a way to split the data; may be repeated")
+    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "strategies", help="where rows are kept")
+    options = parser.parse_args()
+    for name in [] if options.only_table else options.only or NAMES:
+        for split in options.split or SPLITS:
+            row = options.runs / split / name / "row.json"
+            if not row.is_file():
+                print(f"{name}, {split} …", flush=True)
+                write_json(row, measure(name, split, row.parent))
+    write_text(PAGE, page(options.runs))
+    print(f"wrote {PAGE}")
+
+
+def settings(name: str, split: str) -> list[str]:
+    return [part for setting in (f"strategy.name={name}", *SPLITS[split]) for part in ("--set", setting)]
+
+
+def measure(name: str, split: str, folder: Path) -> Row:
+    """Train and score one row, from the start: what an interrupted measurement has left is no longer of use."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    result = fedtune("train", "--challenge", "tiny", *settings(name, split), "--out", str(folder))["result"]
+    (score,) = fedtune("eval", "--bench", "tiny", "--peft", result["adapter"], "--out", str(folder))["results"]
+    return {
+        "accuracy": score["accuracy"],
+        "questions": score["n"],
+        "bytes": result["used_bytes"],
+        "seconds": result["seconds"],
+        "rounds": result["rounds"],
+        "machine": f"{len(os.sched_getaffinity(0))} CPU cores",
+    }
+
+
+def fedtune(*words: str) -> Row:
+    """Run a command and return what it prints."""
+    command = [sys.executable, "-m", "fedtune.cli.app", *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(('fedtune', *words))} ended with {done.returncode}.")
+    answer: Row = json.loads(done.stdout)
+    return answer
+
+
+def page(runs: Path) -> str:
+    """Return the page with all rows that there are."""
+    rows = {
+        (name, split): json.loads(path.read_text(encoding="utf-8"))
+        for name in NAMES
+        for split in SPLITS
+        if (path := runs / split / name / "row.json").is_file()
+    }
+    machines = " and ".join(sorted({row["machine"] for row in rows.values()}))
+    counts = {(row["rounds"], row["questions"]) for row in rows.values()}
+    rounds, questions = counts.pop() if len(counts) == 1 else ("?", "?")
+    commands = [f"fedtune train --challenge tiny {shlex.join(settings('NAME', split))}" for split in SPLITS]
+    intro = (
+        f"The tiny challenge, {rounds} rounds of its eight clients, each strategy with its default options, on {machines}. "
+        "IID gives every client an equal random share; Dirichlet shares out each clinic's rows unevenly (concentration 0.3), so "
+        f"that clients have few or many rows of few clinics. Accuracy is the share of the {questions} test questions that the "
+        "last adapter answers correctly; MiB are all training messages, both ways; seconds are the training's wall time. One "
+        "seed: a difference of a few points means nothing. Which strategy to take when is told in "
+        "[the concepts](../concepts/strategies.md)."
+    )
+    lines = [
+        "# Strategies, measured",
+        "",
+        "<!-- Generated by scripts/strategies_table.py; run it again to measure again. -->",
+        "",
+        textwrap.fill(intro, 120),
+        "",
+        "```",
+        *commands,
+        "fedtune eval --bench tiny --peft peft_16",
+        "```",
+        "",
+        "| strategy | IID: accuracy | MiB | seconds | Dirichlet: accuracy | MiB | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in NAMES:
+        found = [cells(rows.get((name, split))) for split in SPLITS]
+        lines.append(f"| `{name}` | {' | '.join(cell for each in found for cell in each)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: Row | None) -> list[str]:
+    if row is None:
+        return ["not measured", "", ""]
+    return [f"{100 * row['accuracy']:.1f} %", f"{to_mib(row['bytes']):.2f}", f"{row['seconds']:.0f}"]
+
+
+if __name__ == "__main__":
+    main()
