@@ -52,7 +52,7 @@ class Problem:
     """The nearest key that does exist, for a misspelt one."""
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.message}"
+        text = f"{self.path}: {self.message}" if self.path else self.message
         if self.nearest:
             text += f"; did you mean {self.nearest}?"
         if self.origin:

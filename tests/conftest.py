@@ -5,6 +5,7 @@ import os
 # The models here are small: on a machine that others use too, a second thread mostly waits. Set before torch is imported;
 # processes that tests start inherit it, so that all of them add up in the same order.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("COLUMNS", None)  # set where tests run on several processes; tables would be cut to it
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -33,10 +33,10 @@ class FedAvgM(Section):
 
     name: Literal["fedavgm"]
     """The server keeps a running direction of the rounds' updates."""
-    server_learning_rate: float = Field(1.0, gt=0)
-    """Step along the momentum; 1 with momentum 0 is FedAvg."""
+    server_learning_rate: float = Field(0.5, gt=0)
+    """Step along the momentum; 1 - `server_momentum` moves as far as FedAvg in the long run."""
     server_momentum: float = Field(0.5, ge=0, lt=1)
-    """Share of the former direction that is kept."""
+    """Share of the former direction that is kept; 0, with a learning rate of 1, is FedAvg."""
 
 
 class FedAdam(Section):
@@ -75,7 +75,7 @@ class FedAdagrad(Section):
     name: Literal["fedadagrad"]
     """The round's average update is a gradient for Adagrad."""
     eta: float | None = Field(None, gt=0)
-    """Server learning rate; None is a third of the most that a client moves a value: learning_rate_max · max_steps."""
+    """Server learning rate; None is half of the most that a client moves a value: learning_rate_max · max_steps."""
     tau: float | None = Field(None, gt=0)
     """Adaptivity: added to the root of the sum of squares; None is a tenth of eta."""
 

@@ -19,10 +19,10 @@ from fedtune.budget.count import PACKED_FORMATS, Shapes
 from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import steps_of_round
-from fedtune.errors import ClientError, FedTuneError
+from fedtune.errors import ClientError
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.events import StepDone, tell
-from fedtune.federation.node import IN_PROCESS, NODE_KEY, error_text
+from fedtune.federation.node import ERRORS_PASS, NODE_KEY, error_text
 from fedtune.federation.privacy import new_key, noisy_average, public_metrics
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
 from fedtune.federation.strategies.scaffold import Control
@@ -44,10 +44,9 @@ Handler = Callable[[Message, Context], Message]
 
 
 def discreet(handler: Handler) -> Handler:
-    """Let no exception's text leave a client: Flower would send it to the server as it is.
+    """Let no exception's text leave a client, which Flower would send to the server as it is.
 
-    A data owner's node sees to that itself, and tells the owner more. In the server's own process other errors than a client's
-    pass: data or base that cannot be used are no client's fault.
+    A data owner's node, and the engines of one machine, see to that themselves.
     """
 
     @functools.wraps(handler)
@@ -55,8 +54,7 @@ def discreet(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            of_all = isinstance(error, FedTuneError) and not isinstance(error, ClientError)
-            if NODE_KEY in context.node_config or (of_all and IN_PROCESS in context.node_config):
+            if {NODE_KEY, ERRORS_PASS} & context.node_config.keys():
                 raise
             log.debug("the client failed", exc_info=True)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from fedtune.config.schema import BUILTIN_TINY, DataConfig, FedTuneConfig, ModelConfig
 from fedtune.errors import ClientError
 
-IN_PROCESS = "in-process"
-"""Key of a node's config where client and server are one process."""
+ERRORS_PASS = "errors-pass"
+"""Key of a node's config where who runs the client sees to its errors, as the engines of one machine do."""
 NODE_KEY = "fedtune-node"
 """Key of a node's config that holds the owner's decisions, as JSON."""
 

@@ -51,11 +51,7 @@ _REJOIN_S = 2.0
 _END_S = 15.0
 """How long an ending SuperNode may take to say goodbye to its SuperLink."""
 
-# Ends itself when this process is gone, however that happened.
-_CHILD = (
-    "import sys; from flwr.supercore.app_utils import start_parent_process_monitor as watch; "
-    "from flwr.supernode.cli.flower_supernode import flower_supernode; watch(int(sys.argv.pop(1))); flower_supernode()"
-)
+_CHILD = "fedtune.federation.supernode_child"
 
 
 def run_node(
@@ -101,7 +97,7 @@ def _supernode(flags: Sequence[str], address: str, secret: bytes) -> Iterator[su
         file.write_bytes(secret)
         runtime = ["--isolation", "process", "--host", host, "--port", port, "--superexec-auth-secret-file", str(file)]
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, str(os.getpid()), *flags, *runtime],
+            [sys.executable, "-P", "-m", _CHILD, str(os.getpid()), *flags, *runtime],
             stdin=subprocess.DEVNULL,
             # Nobody need know of a data owner's runs; who wants Flower's telemetry or its news sets these to otherwise.
             env={"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", **os.environ},

@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
-from fedtune.federation.node import IN_PROCESS, error_text
+from fedtune.federation.node import ERRORS_PASS, error_text
 from fedtune.runs.directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class InProcessGrid(Grid):
             partition + _FIRST_CLIENT_NODE: Context(
                 run_id=_RUN_ID,
                 node_id=partition + _FIRST_CLIENT_NODE,
-                node_config={"partition-id": partition, "num-partitions": clients, IN_PROCESS: True},
+                node_config={"partition-id": partition, "num-partitions": clients, ERRORS_PASS: True},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )

@@ -25,6 +25,7 @@ from fedtune.federation import client, server
 from fedtune.federation.engines import ray_pool  # noqa: F401  # puts its pool in the place of Flower's
 from fedtune.federation.engines.ray import ACTORS, CLIENT_FAILED, EVENTS, HOME, OUTCOME, SERVER, patience_s
 from fedtune.federation.events import Event, listening
+from fedtune.federation.node import ERRORS_PASS
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
 
@@ -61,6 +62,7 @@ class LoadingClientApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Run one client."""
+        context.node_config[ERRORS_PASS] = True
         with listening(partial(_write_event, _home(context))):
             try:
                 return client.app(message, context)

@@ -113,7 +113,7 @@ class OnComparison(OnFlower):
 
 def server_rates(config: FedTuneConfig, options: FedAdam | FedYogi | FedAdagrad) -> tuple[float, float]:
     """Return eta and tau; those that are left open follow what clients do. FedAdagrad's steps shrink, and start larger."""
-    share = 1 / 3 if isinstance(options, FedAdagrad) else 1 / 10
+    share = 1 / 2 if isinstance(options, FedAdagrad) else 1 / 10
     eta = options.eta or config.training.learning_rate_max * config.training.max_steps * share
     return eta, options.tau or eta / 10
 

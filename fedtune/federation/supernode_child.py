@@ -1,0 +1,40 @@
+"""Flower's SuperNode as `fedtune node` runs it: ends with its parent, and forgets a message whose run ended while it came.
+
+Flower 1.41 creates a message's task before it has the whole message. When the run ends in between, task and message stay; what
+answers them is then taken for the answer to the next run's first message, whose own answer waits for the message after
+that: for ever, since a server waits for all answers before it sends more.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from flwr.common.constant import Status, SubStatus
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli.flower_supernode import flower_supernode
+
+
+def forgetting(pull: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Return Flower's `_pull_and_store_message`, cleaning up where it has pulled nothing.
+
+    Messages come one at a time, and each is answered before the next: what is unfinished then belongs to no message.
+    """
+
+    def pull_and_forget(*, state: Any, **rest: Any) -> int | None:
+        run_id = pull(state=state, **rest)
+        if run_id is None:
+            for task in state.get_tasks(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]):
+                state.finish_task(task.task_id, SubStatus.FAILED, "The run has ended.")
+            state.delete_messages()
+        return run_id
+
+    return pull_and_forget
+
+
+if __name__ == "__main__":
+    start_parent_process_monitor(int(sys.argv.pop(1)))
+    start_client_internal._pull_and_store_message = forgetting(start_client_internal._pull_and_store_message)
+    flower_supernode()
