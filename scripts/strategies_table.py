@@ -98,8 +98,9 @@ def page(runs: Path) -> str:
         f"The tiny challenge, {rounds} rounds of its eight clients, each strategy with its default options, on {machines}. "
         "IID gives every client an equal random share; Dirichlet shares out each clinic's rows unevenly (concentration 0.3), so "
         f"that clients have few or many rows of few clinics. Accuracy is the share of the {questions} test questions that the "
-        "last adapter answers correctly; MiB are all training messages, both ways; seconds are the training's wall time. One "
-        "seed: a difference of a few points means nothing. Which strategy to take when is told in "
+        "last adapter answers correctly; MiB are all training messages, both ways; seconds are the training's wall time, of "
+        "runs that were made two at a time beside other work: less than a factor of two means nothing. One seed: nor does a "
+        "difference of a few points. Which strategy to take when is told in "
         "[the concepts](../concepts/strategies.md)."
     )
     lines = [
