@@ -17,6 +17,7 @@ from fedtune.cli.console import stderr, warn
 from fedtune.config.schema import FedTuneConfig
 from fedtune.federation.events import (
     AdapterSaved,
+    ClientsAwaited,
     DataReady,
     Event,
     ReplyArrived,
@@ -76,6 +77,9 @@ class TrainProgress:
                 self._opened(event)
             case DataReady():
                 self._data(event)
+            case ClientsAwaited():
+                self.client = "waiting for clients"
+                self._say(f"{event} …")
             case RoundStarted():
                 self.client = f"{len(event.partitions)} clients"
             case StepDone():

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from fedtune.data.partition import PartitionSummary
 
+_MOST_NAMED = 10
+"""So many missing clients are named."""
+
 
 @dataclass(frozen=True)
 class RunOpened:
@@ -32,6 +35,32 @@ class DataReady:
     skipped: int
     """Rows with nothing to learn from."""
     total: int
+
+
+@dataclass(frozen=True)
+class ClientsAwaited:
+    """Some clients are not there yet."""
+
+    absent: Sequence[int]
+    clients: int
+    """How many there are to be."""
+    remark: str = ""
+    """What else is wrong with who is there."""
+
+    def __str__(self) -> str:
+        """Return it in words, for a line of a log."""
+        some = ", ".join(map(str, self.absent[:_MOST_NAMED])) + (", …" if len(self.absent) > _MOST_NAMED else "")
+        here = f"{self.clients - len(self.absent)} of {self.clients} clients are there, missing {some}"
+        return f"{here} ({self.remark})" if self.remark else here
+
+
+@dataclass(frozen=True)
+class ClientsMet:
+    """Every client is there and has said how many rows it has; in partition order."""
+
+    nodes: Sequence[int]
+    """Flower's id of each client's node."""
+    rows: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -94,7 +123,17 @@ class AdapterSaved:
     path: Path
 
 
-Event = RunOpened | DataReady | RoundStarted | StepDone | ReplyArrived | RoundDone | AdapterSaved
+Event = (
+    RunOpened
+    | DataReady
+    | ClientsAwaited
+    | ClientsMet
+    | RoundStarted
+    | StepDone
+    | ReplyArrived
+    | RoundDone
+    | AdapterSaved
+)
 Listener = Callable[[Event], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("fedtune-listener", default=None)

@@ -24,7 +24,8 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import CapError, FederationError
 from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, RoundStarted, tell
 from fedtune.federation.privacy import Accountant, new_key, noisy_average
-from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client, Expected, Refused, Screen, printable
+from fedtune.federation.roster import Roster
+from fedtune.federation.screen import ARRAYS, CONFIG, Accepted, Client, Expected, Refused, Screen
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
 from fedtune.federation.wire import decode, encode
@@ -33,7 +34,6 @@ from fedtune.runs.atomic import sync_folder, write_text
 from fedtune.runs.directory import RunDirectory, append_line, cut_to
 from fedtune.training.schedule import learning_rate
 
-_POLL_S = 1.0
 _NOISE_KEY = "noise.key"
 
 
@@ -93,9 +93,10 @@ class Rounds:
         """
         if self.done >= self.config.federation.rounds:
             return
-        clients = self._meet_clients()
+        roster = Roster(self.grid, self.config.federation, self._note_question)
+        roster.meet()
         for server_round in range(self.done + 1, self.config.federation.rounds + 1):
-            self._round(server_round, clients)
+            self._round(server_round, roster.now())
 
     def _round(self, server_round: int, clients: Sequence[Client]) -> None:
         started = time.monotonic()
@@ -273,6 +274,10 @@ class Rounds:
             )
         )
 
+    def _note_question(self, partition: int, question: Message, reply: Message) -> None:
+        self._enter(self.done, partition, "down", question, "ok")
+        self._enter(self.done, partition, "up", reply, "ok")
+
     def _note(self, server_round: int, verdict: Accepted | Refused, rate: float) -> None:
         """Write a client's line in metrics.jsonl, and tell of it."""
         metrics = dict(verdict.metrics) if isinstance(verdict, Accepted) else {}
@@ -298,33 +303,6 @@ class Rounds:
                 seconds=float(seconds),  # type: ignore[arg-type]
             )
         )
-
-    def _meet_clients(self) -> list[Client]:
-        """Wait for the federation's nodes and ask each for its partition id and number of rows."""
-        wanted = self.config.federation.clients
-        deadline = time.monotonic() + self.config.federation.client_timeout_s
-        while len(nodes := list(self.grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
-                raise FederationError(f"{len(nodes)} of {wanted} clients are connected after the time limit.")
-            time.sleep(_POLL_S)
-        questions = {node: Message(RecordDict(), node, MessageType.QUERY) for node in nodes}
-        clients: dict[int, Client] = {}
-        failed = ""
-        for reply in self.grid.send_and_receive(questions.values(), timeout=self.config.federation.client_timeout_s):
-            if reply.has_error():
-                failed = f"; node {reply.metadata.src_node_id}: {printable(reply.error.reason or '')}"
-                continue
-            metrics = reply.content.metric_records[METRICS]
-            partition, rows = int(metrics["partition-id"]), int(metrics["rows"])  # type: ignore[arg-type]
-            # Only the answer says which client the question went to.
-            self._enter(self.done, partition, "down", questions[reply.metadata.src_node_id], "ok")
-            self._enter(self.done, partition, "up", reply, "ok")
-            if 0 <= partition < wanted and rows > 0:
-                clients.setdefault(partition, Client(reply.metadata.src_node_id, partition, rows))
-        if len(clients) < wanted:
-            missing = sorted(set(range(wanted)) - set(clients))
-            raise FederationError(f"Clients {missing[:10]} of {wanted} did not say how many rows they have{failed}.")
-        return [clients[partition] for partition in range(wanted)]
 
     def _commit(self, server_round: int) -> None:
         """Make the round permanent: checkpoint, files of the run, then the state that resume starts from."""

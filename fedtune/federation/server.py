@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -24,8 +23,6 @@ from fedtune.runs.report import write_report
 
 app = ServerApp()
 
-AnyRounds = TypeVar("AnyRounds", bound=Rounds)
-
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -35,12 +32,12 @@ def main(grid: Grid, context: Context) -> None:
     run = RunDirectory(Path(name)) if name else create_run(RUNS, workspace_of(config_json).config)
     if not name:  # started by `flwr run`: train() did not prepare the directory, and will not close it
         write_json(run.config_file, workspace_of(config_json).config.model_dump(mode="json"))
-    prepared(Rounds, grid, config_json, run).go()
+    prepared(grid, config_json, run).go()
     if not name:
         write_report(run)
 
 
-def prepared(kind: type[AnyRounds], grid: Grid, config_json: str, run: RunDirectory) -> AnyRounds:
+def prepared(grid: Grid, config_json: str, run: RunDirectory) -> Rounds:
     """Return the rounds of a run, ready to go; the base is loaded only where shapes do not suffice, or it is here anyway."""
     workspace = workspace_of(config_json)
     config = workspace.config
@@ -56,7 +53,7 @@ def prepared(kind: type[AnyRounds], grid: Grid, config_json: str, run: RunDirect
         revision = config.model.revision
         if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             revision = resolve_base(config.model, only_config=True).revision
-    return kind(grid, config, run, initial=initial, target_modules=targets, revision=revision)
+    return Rounds(grid, config, run, initial=initial, target_modules=targets, revision=revision)
 
 
 def _targets(config: FedTuneConfig, names: Sequence[str]) -> list[str]:

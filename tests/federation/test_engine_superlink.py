@@ -32,8 +32,17 @@ from fedtune.federation.engines import mirror as mirrors
 from fedtune.federation.engines import superlink, superlink_app
 from fedtune.federation.engines.connection import connection_of
 from fedtune.federation.engines.mirror import Copy, Failed, Mirror, Part, Receiver, Signed, copies_in, read_copies
-from fedtune.federation.events import AdapterSaved, DataReady, Event, ReplyArrived, RoundDone, RoundStarted, RunOpened
-from fedtune.federation.rounds import Rounds
+from fedtune.federation.events import (
+    AdapterSaved,
+    ClientsAwaited,
+    ClientsMet,
+    DataReady,
+    Event,
+    ReplyArrived,
+    RoundDone,
+    RoundStarted,
+    RunOpened,
+)
 from fedtune.federation.server import prepared
 from fedtune.federation.train import train
 from fedtune.runs.directory import RunDirectory
@@ -192,6 +201,8 @@ def test_events_arrive_as_they_were_told(tmp_path: Path) -> None:
     mirror, receiver = Mirror(there, {}, frames.append), Receiver(here)
     told: list[Event] = [
         RunOpened(Path("/there/run"), 3),
+        ClientsAwaited([1], 2, "node 7: lost"),
+        ClientsMet([5, 2**63], [10, 20]),
         RoundStarted(4, [0, 2], 1e-3),
         ReplyArrived(4, 2, "error", "out of time", None, 0, 0.0),
         RoundDone(4, 1.25, 1e-3, 1, 2, 10**12, 500, 2.5),
@@ -367,7 +378,7 @@ def test_shapes_give_the_same_start_as_the_base(tmp_path: Path, targets: str) ->
             challenge="tiny", settings=[f"adapter.targets={targets}", f"federation.engine={engine}"]
         ).config
         run = RunDirectory(tmp_path / engine)
-        starts[engine] = prepared(Rounds, None, config.model_dump_json(), run)  # type: ignore[arg-type]
+        starts[engine] = prepared(None, config.model_dump_json(), run)  # type: ignore[arg-type]
     ours, theirs = starts["superlink"], starts["in-process"]
     assert ours.target_modules == theirs.target_modules
     assert ours.revision == theirs.revision
@@ -469,7 +480,7 @@ def test_a_real_superlink_without_nodes(lonely_superlink: str, tmp_path: Path) -
             f"federation.superlink={lonely_superlink}",
         ],
     ).config
-    with pytest.raises(FederationError, match="0 of 8 clients are connected"):
+    with pytest.raises(FederationError, match="0 of 8 clients are there"):
         train(config, out=tmp_path / "runs")
     (path,) = (tmp_path / "runs").iterdir()
     run = RunDirectory(path)

@@ -271,12 +271,6 @@ def test_a_strategy_cannot_send_past_the_ledger() -> None:
             call([])
 
 
-def test_the_loop_waits_for_no_client_for_ever(tmp_path: Path) -> None:
-    config = config_of("federation.clients=5", "federation.client_timeout_s=0.1")
-    with pytest.raises(FederationError, match="3 of 5 clients are connected"):
-        rounds_of(tmp_path / "run", config, grid=InProcessGrid(client_app(), 3, {})).go()
-
-
 def test_state_is_json_and_safetensors_only(tmp_path: Path) -> None:
     rounds_of(tmp_path / "run", config_of()).go()
     state = tmp_path / "run" / "state" / "round-0002"

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from fedtune.data.partition import PartitionSummary
 from fedtune.errors import FederationError, FedTuneError
 from fedtune.federation.engines.connection import connected
 from fedtune.federation.engines.mirror import Failed, Receiver, Signed, copies_in
-from fedtune.federation.events import DataReady, RoundDone, RunOpened, tell
+from fedtune.federation.events import ClientsMet, DataReady, RoundDone, RunOpened, tell
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RunDirectory
 
@@ -216,9 +216,10 @@ class _Following:
                     return
                 event = RunOpened(self.run.path, event.resumed_after)
                 self._remember(rounds=event.resumed_after)
-            case DataReady():
-                self._remember(rows=tuple(row.rows for row in event.table))
-                self.told_data = True
+            case ClientsMet():
+                self._remember(rows=tuple(event.rows))
+                self._tell_data([f"node {node}" for node in event.nodes])
+                return
             case RoundDone():
                 self._remember(rounds=event.round, event=number)
         tell(event)
@@ -230,7 +231,7 @@ class _Following:
         adapter = self.run.adapter_folder(self.config.federation.rounds)
         if status.sub_status == SubStatus.COMPLETED and adapter.is_dir():
             if not self.told_data:  # the nodes were asked in an earlier call
-                self._tell_data()
+                self._tell_data([str(partition) for partition in range(len(self.submitted.rows))])
             return
         log = self.run.path / "superlink.log"
         with contextlib.suppress(httpx.HTTPError):
@@ -245,9 +246,13 @@ class _Following:
             else f"fedtune train --resume {self.run.path}",
         )
 
-    def _tell_data(self) -> None:
-        table = [PartitionSummary(i, str(i), rows, None, None, None) for i, rows in enumerate(self.submitted.rows)]
+    def _tell_data(self, names: Sequence[str]) -> None:
+        """Tell what is known of the clients' rows, which lie with the nodes."""
+        named = enumerate(zip(names, self.submitted.rows, strict=True))
+        table = [PartitionSummary(number, name, rows, None, None, None) for number, (name, rows) in named]
+        # A node counts only rows that it can learn from.
         tell(DataReady(table, 0, sum(self.submitted.rows)))
+        self.told_data = True
 
     def _status(self) -> RunStatus:
         run_id = self.submitted.run_id

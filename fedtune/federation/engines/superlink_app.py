@@ -21,12 +21,9 @@ from flwr.proto.task_pb2 import TaskEvent
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import HttpGrid
 
-from fedtune.data.partition import PartitionSummary
 from fedtune.errors import FedTuneError, UsageError
 from fedtune.federation.engines.mirror import Mirror, read_copies
-from fedtune.federation.events import DataReady, RunOpened, listening, tell
-from fedtune.federation.rounds import Rounds
-from fedtune.federation.screen import Client
+from fedtune.federation.events import RunOpened, listening, tell
 from fedtune.federation.server import prepared
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
@@ -56,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
             write_json(run.config_file, workspace_of(config_json).config.model_dump(mode="json"))
             state = run.last_state()
             tell(RunOpened(run.path, int(state.name.removeprefix("round-")) if state else 0))
-            rounds = prepared(_AnnouncedRounds, PromptGrid(grid), config_json, run)
+            rounds = prepared(PromptGrid(grid), config_json, run)
             mirror.sync()
             try:
                 rounds.go()
@@ -139,17 +136,6 @@ class PromptGrid(Grid):
                 yield reply
             if not replies:
                 time.sleep(_POLL_S)
-
-
-class _AnnouncedRounds(Rounds):
-    """Rounds that tell of the clients' rows, which only the nodes know."""
-
-    def _meet_clients(self) -> list[Client]:
-        clients = super()._meet_clients()
-        table = [PartitionSummary(c.partition, f"node {c.node}", c.rows, None, None, None) for c in clients]
-        # A node counts only rows that it can learn from.
-        tell(DataReady(table, 0, sum(client.rows for client in clients)))
-        return clients
 
 
 @contextmanager

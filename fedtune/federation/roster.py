@@ -1,0 +1,133 @@
+"""Which node is which client: every node is asked once; where a client's node is gone, one that has come later may be it.
+
+A node that joins again with its key is the node that it was. Without a key Flower takes it for a new one, with a new id.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from fedtune.config.schema import FederationConfig
+from fedtune.errors import FederationError
+from fedtune.federation.events import ClientsAwaited, ClientsMet, tell
+from fedtune.federation.screen import METRICS, Client, printable
+
+_POLL_S = 1.0
+_LATE_S = 60.0
+"""A node that comes in the middle of a run may take so long to read its rows; after that it is asked again in the next round."""
+
+_GONE = frozenset(
+    (
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    )
+)
+"""Errors that are no answer of the client's: it may be asked again."""
+
+Note = Callable[[int, Message, Message], None]
+"""Called with a partition, the question that it was asked and its reply."""
+
+
+class Roster:
+    """The clients of a federation and the nodes that they are on."""
+
+    def __init__(self, grid: Grid, federation: FederationConfig, note: Note) -> None:
+        """Begin with nobody met.
+
+        Args:
+            grid: Where messages go.
+            federation: How many clients there are, and how long they may take.
+            note: Told of every question that was answered.
+        """
+        self._grid = grid
+        self._wanted = range(federation.clients)
+        self._timeout_s = federation.client_timeout_s
+        self._note = note
+        self._said: dict[int, Client | str] = {}
+        """Which client each node says it is, or why it is none."""
+        self._clients: dict[int, Client] = {}
+
+    def meet(self) -> None:
+        """Wait until all clients are there.
+
+        Raises:
+            FederationError: they are not within the clients' time limit; or as many nodes are there as there are clients, and
+                one of them cannot be any.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        told: ClientsAwaited | None = None
+        while absent := self._absent(online := set(self._grid.get_node_ids()), deadline - time.monotonic()):
+            unfit = [said for node, said in self._said.items() if node in online and isinstance(said, str)]
+            late = time.monotonic() > deadline
+            awaited = ClientsAwaited(absent, len(self._wanted), "; ".join([*unfit[:1], *self._doubles(online)[:1]]))
+            if late or (unfit and len(online) >= len(self._wanted)):
+                when = f" after {self._timeout_s:g} s" if late else ""
+                raise FederationError(
+                    f"Not all clients are there{when}: {awaited}.",
+                    hint="Put that right, and go on: fedtune train --resume",
+                )
+            if awaited != told:
+                tell(told := awaited)
+            time.sleep(_POLL_S)
+        clients = [self._clients[partition] for partition in self._wanted]
+        tell(ClientsMet([client.node for client in clients], [client.rows for client in clients]))
+
+    def now(self) -> list[Client]:
+        """Return the clients in partition order, each on the node that it is on by now; one that is gone stays on its last."""
+        online = set(self._grid.get_node_ids())
+        if any(client.node not in online for client in self._clients.values()):
+            self._ask(online, min(_LATE_S, self._timeout_s))
+        return [self._clients[partition] for partition in self._wanted]
+
+    def _absent(self, online: set[int], timeout_s: float) -> list[int]:
+        """Ask who has come, and return the partitions that nobody is."""
+        self._ask(online, max(0.0, timeout_s))
+        return [partition for partition in self._wanted if partition not in self._clients]
+
+    def _ask(self, online: set[int], timeout_s: float) -> None:
+        """Ask the nodes that have not answered yet; give each client to the first that says it is it, or to one that is there."""
+        questions = {
+            node: Message(RecordDict(), node, MessageType.QUERY) for node in sorted(online - self._said.keys())
+        }
+        for reply in self._grid.send_and_receive(questions.values(), timeout=timeout_s) if questions else ():
+            node = reply.metadata.src_node_id
+            if reply.has_error() and reply.error.code in _GONE:
+                continue
+            said = self._said[node] = self._heard(node, reply)
+            if isinstance(said, Client):
+                # Only the answer says which client the question went to.
+                self._note(said.partition, questions[node], reply)
+        for node, said in self._said.items():
+            if node in online and isinstance(said, Client):
+                before = self._clients.get(said.partition)
+                if before is None or before.node not in online:
+                    self._clients[said.partition] = said
+
+    def _heard(self, node: int, reply: Message) -> Client | str:
+        """Return which client a node says it is, or why it is none."""
+        if reply.has_error():
+            return f"node {node}: {printable(reply.error.reason or 'an error without a reason')}"
+        try:
+            metrics = reply.content.metric_records[METRICS]
+            partition, rows = metrics["partition-id"], metrics["rows"]
+        except KeyError:
+            return f"node {node} does not say which client it is"
+        if not isinstance(partition, int) or partition not in self._wanted:
+            return f"node {node} says it is client {partition}, and there are clients 0 to {self._wanted[-1]}"
+        if not isinstance(rows, int) or rows < 1:
+            return f"client {partition} has no rows"
+        return Client(node, partition, rows)
+
+    def _doubles(self, online: set[int]) -> list[str]:
+        """Return, in words, which clients more than one node says it is."""
+        partitions = [
+            said.partition for node, said in self._said.items() if node in online and isinstance(said, Client)
+        ]
+        return [f"two nodes say they are client {p}" for p in sorted(set(partitions)) if partitions.count(p) > 1]
