@@ -12,7 +12,7 @@ from fedtune.cli.console import guarded, note, print_data, warn
 from fedtune.errors import ConfigError, MissingError, UsageError
 
 if TYPE_CHECKING:
-    from fedtune.federation.node import NodeSettings
+    from fedtune.federation.node import NodeSettings, Term
 
 
 @guarded
@@ -44,6 +44,14 @@ def node(
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", metavar="S", min=1, help="Train no longer than this in a round.")
     ] = None,
+    at_most: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--at-most",
+            metavar="KEY.PATH=NUMBER",
+            help="Refuse runs in which this is more, such as training.batch_size=8; may be repeated.",
+        ),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option("--state", metavar="DIR", help="Keep here what an algorithm carries on from round to round."),
@@ -58,7 +66,7 @@ def node(
     """
     if insecure and (ca or key):
         raise UsageError("--insecure means no TLS, which --ca and --key need.", hint="Leave --insecure out.")
-    settings = _settings(data, model, challenge, recipe, config, set_, state, max_seconds)
+    settings = _settings(data, model, challenge, recipe, config, set_, state, max_seconds, at_most)
     facts = _check(settings, superlink, ca, key, insecure)
     if dry_run:
         print_data("".join(f"{line}\n" for line in [*facts, "nothing was started"]))
@@ -83,10 +91,11 @@ def _settings(
     settings: list[str] | None,
     state: Path | None,
     max_seconds: float | None,
+    at_most: list[str] | None,
 ) -> NodeSettings:
-    """Return what the owner decided; templates and base model are decided where a flag, a preset or a file names them."""
+    """Return what the owner decided; templates, base model and privacy where a flag, a preset or a file names them."""
     from fedtune.config.load import load_config
-    from fedtune.federation.node import NodeSettings
+    from fedtune.federation.node import NodeSettings, privacy_term
 
     resolved = load_config(
         challenge=challenge,
@@ -102,6 +111,7 @@ def _settings(
             hint="Name it: --model BASE, or take the coordinator's --challenge, --recipe or --config.",
         )
     chosen, base = resolved.config.data, resolved.config.model.base
+    terms = [privacy_term(key, resolved.config) for key in resolved.origins if key.startswith("privacy.")]
     folder = Path(base).expanduser()
     return NodeSettings(
         data=str(data.expanduser().absolute()),
@@ -112,7 +122,22 @@ def _settings(
         response=chosen.response if preset or "data.response" in resolved.origins else None,
         state=str(state.expanduser().absolute()) if state else None,
         max_seconds=max_seconds,
+        terms=(*terms, *_limits(at_most or [])),
     )
+
+
+def _limits(at_most: list[str]) -> list[Term]:
+    """Return the terms of `--at-most`."""
+    from fedtune.config.load import load_config
+    from fedtune.federation.node import Term
+
+    limits = load_config(settings=at_most)
+    terms = [Term(key, "at most", "") for key in limits.origins]
+    terms = [term._replace(value=term.of(limits.config)) for term in terms]
+    for term in terms:
+        if isinstance(term.value, bool) or not isinstance(term.value, int | float):
+            raise UsageError(f"--at-most takes numbers, and {term.key} is none.", hint=f"--set {term.key}={term.value}")
+    return terms
 
 
 def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | None, insecure: bool) -> list[str]:
@@ -157,4 +182,5 @@ def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | 
         f"data {settings.data}: {len(table)} rows with the columns {', '.join(table.column_names)}",
         f"base model {settings.base}{f' at {resolved.revision}' if resolved.revision else ''}",
         f"fedtune {version('fedtune')}; runs of another version or base model are refused",
+        *(f"takes part with {term}" for term in settings.terms),
     ]

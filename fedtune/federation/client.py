@@ -23,7 +23,7 @@ from fedtune.errors import ClientError
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.events import StepDone, tell
 from fedtune.federation.node import ERRORS_PASS, NODE_KEY, error_text
-from fedtune.federation.privacy import new_key, noisy_average, public_metrics
+from fedtune.federation.privacy import new_key, noisy_average, public_metrics, with_release
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
 from fedtune.federation.strategies.scaffold import Control
 from fedtune.federation.wire import WireError, decode, encode
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 NOISE_KEY = "noise_key"
 """In a client's state: the secret of its local noise, a number a byte."""
+RELEASES = "releases"
+"""In a client's state: what it has let out under local privacy, as `with_release` returns it."""
 OWED = "owed."
 """Prefix of the rounding errors that a client's next reply makes good."""
 
@@ -139,11 +141,9 @@ def train(message: Message, context: Context) -> Message:
         outcome |= control.changes()
         kept |= control.kept()
     if config.privacy.mode == "local":
-        # The key of any round, also of one that is repeated: another key would be another release of the same update.
-        key = state.before(config.federation.rounds + 1).get(NOISE_KEY)
-        outcome, metrics, kept[NOISE_KEY] = _privatised(
-            outcome, start, config, server_round, adapted.shapes, partition, key
-        )
+        outcome, secrets = _privatised(outcome, start, config, server_round, adapted.shapes, partition, state.newest())
+        metrics = MetricRecord(dict(public_metrics(server_round)))
+        kept |= secrets
     reply, owed = _reply(outcome, start, config, up_shapes(config, adapted.shapes, server_round, partition), kept)
     if kept | owed:
         state.keep(server_round, kept | owed)
@@ -187,21 +187,28 @@ def _privatised(
     server_round: int,
     shapes: Shapes,
     partition: int,
-    key: torch.Tensor | None,
-) -> tuple[AdapterTensors, MetricRecord, torch.Tensor]:
-    """Return what a client lets out under local privacy: a clipped and noisy adapter, metrics that tell nothing; and its key."""
-    secret = new_key() if key is None else bytes(int(value) for value in key)
+    newest: AdapterTensors,
+) -> tuple[AdapterTensors, AdapterTensors]:
+    """Return the clipped and noisy adapter that a client lets out under local privacy, and what it keeps to itself.
+
+    Key and releases are those of the last answer, also where a round is repeated: another key would be another release of the
+    same update.
+
+    Raises:
+        ClientError: the client has spent its privacy budget. The server's own count is not relied on.
+    """
+    key = bytes(int(value) for value in newest[NOISE_KEY]) if NOISE_KEY in newest else new_key()
     sent = {name: start[name] for name in up_shapes(config, shapes, server_round, partition)}
     private = noisy_average(
         sent,
         {partition: {name: outcome[name] for name in sent}},
         config.privacy,
         asked=1,
-        key=secret,
+        key=key,
         server_round=server_round,
     )
-    held = torch.tensor(list(secret), dtype=torch.float32)
-    return {**outcome, **private}, MetricRecord(dict(public_metrics(server_round))), held
+    releases = with_release(newest.get(RELEASES), private, config)
+    return {**outcome, **private}, {NOISE_KEY: torch.tensor(list(key), dtype=torch.float32), RELEASES: releases}
 
 
 def _filled(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

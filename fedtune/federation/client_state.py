@@ -32,6 +32,10 @@ class ClientState:
         self.context = context
         self.folder = _folder(context, partition)
 
+    def newest(self) -> AdapterTensors:
+        """Return the state after the last round that this client has answered, whichever round comes now."""
+        return self.before(max(self._rounds(), default=0) + 1)
+
     def before(self, server_round: int) -> AdapterTensors:
         """Return the newest state of a round before `server_round`, empty where there is none."""
         for number in sorted((number for number in self._rounds() if number < server_round), reverse=True):
@@ -46,7 +50,7 @@ class ClientState:
         return {}
 
     def keep(self, server_round: int, tensors: AdapterTensors) -> None:
-        """Keep `tensors` as the state after `server_round`, whole or not at all."""
+        """Keep `tensors` as the state after `server_round`, whole or not at all; later rounds, if there are any, are undone."""
         if self.folder is None:
             self.context.state[f"{_KEY}{server_round}"] = encode(tensors, "float32")
         else:
@@ -54,7 +58,8 @@ class ClientState:
             remove_leftovers(self.folder)
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             write_bytes(self.folder / f"round-{server_round:04d}.safetensors", save(contiguous))
-        for number in sorted(number for number in self._rounds() if number <= server_round)[:-_KEPT]:
+        rounds = self._rounds()
+        for number in {*rounds} - {*sorted(number for number in rounds if number <= server_round)[-_KEPT:]}:
             if self.folder is None:
                 del self.context.state[f"{_KEY}{number}"]
             else:

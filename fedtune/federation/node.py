@@ -6,8 +6,11 @@ The owner's decisions travel in the node's own config, which a server cannot wri
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import reduce
 from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -18,6 +21,44 @@ ERRORS_PASS = "errors-pass"
 """Key of a node's config where who runs the client sees to its errors, as the engines of one machine do."""
 NODE_KEY = "fedtune-node"
 """Key of a node's config that holds the owner's decisions, as JSON."""
+
+
+class Term(NamedTuple):
+    """One value of a run's config that an owner does not leave to the server."""
+
+    key: str
+    """Dotted path in the config."""
+    how: Literal["only", "at most", "at least"]
+    value: bool | int | float | str
+
+    def holds(self, config: FedTuneConfig) -> bool:
+        """Whether a run's config keeps to it."""
+        value = self.of(config)
+        if self.how == "only":
+            return bool(value == self.value)
+        return bool(value <= self.value if self.how == "at most" else value >= self.value)
+
+    def of(self, config: FedTuneConfig) -> Any:
+        """Return the value of its key in a config."""
+        return reduce(getattr, self.key.split("."), config)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"{self.key} {self.how} {self.value}"
+
+
+_PRIVACY: Mapping[str, Literal["only", "at most", "at least"]] = {
+    # A budget that is smaller, and noise that is larger, protect as well as what was agreed on.
+    "privacy.epsilon": "at most",
+    "privacy.delta": "at most",
+    "privacy.noise_multiplier": "at least",
+}
+
+
+def privacy_term(key: str, config: FedTuneConfig) -> Term:
+    """Return what an owner means who has set `key` of `privacy`, to its value in `config`."""
+    term = Term(key, _PRIVACY.get(key, "only"), "")
+    return term._replace(value=term.of(config))
 
 
 @dataclass(frozen=True)
@@ -40,6 +81,8 @@ class NodeSettings:
     """Absolute path of a folder in which the client may keep what it needs between rounds; None: only while the run lasts."""
     max_seconds: float | None = None
     """The longest training that this node gives to one round; None takes the run's."""
+    terms: tuple[Term, ...] = ()
+    """What else a run's config must be for this node to take part."""
 
     def to_json(self) -> str:
         """Return the settings as `from_json` reads them."""
@@ -48,7 +91,8 @@ class NodeSettings:
     @classmethod
     def from_json(cls, text: str) -> NodeSettings:
         """Return the settings that `to_json` wrote."""
-        return cls(**json.loads(text))
+        table = json.loads(text)
+        return cls(**{**table, "terms": tuple(Term(*term) for term in table["terms"])})
 
     @property
     def model(self) -> ModelConfig:
@@ -68,7 +112,7 @@ def config_on_node(text: str, server_version: str, settings: NodeSettings) -> Fe
 
     Raises:
         ClientError: another version of fedtune or another base model is asked for, the base model's code is to be run without
-            leave, or the config is none. Its text holds nothing of the owner's.
+            leave, the config is none, or against the owner's terms. Its text holds nothing of the owner's.
     """
     ours = version("fedtune")
     if server_version and server_version != ours:
@@ -78,6 +122,9 @@ def config_on_node(text: str, server_version: str, settings: NodeSettings) -> Fe
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ClientError(f"The run's config is none that fedtune {ours} accepts; see {where or 'its JSON'}.") from None
+    for term in settings.terms:
+        if not term.holds(config):
+            raise ClientError(f"The run's {term.key} is {term.of(config)}; this node takes part with {term}.")
     return config.model_copy(
         update={
             "model": _model(config.model, settings),

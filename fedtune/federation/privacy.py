@@ -159,6 +159,29 @@ class Accountant:
         return most
 
 
+def with_release(releases: torch.Tensor | None, private: AdapterTensors, config: FedTuneConfig) -> torch.Tensor:
+    """Return a client's releases with `private` among them, each as 8 bytes of its hash: float32 [releases, 8], a byte a value.
+
+    The same bits twice, as in a round that a crash undid, are one release.
+
+    Raises:
+        ClientError: with this one, the client would pass the budget; it must not leave.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(private):
+        digest.update(private[name].numpy().tobytes())
+    new = torch.tensor([list(digest.digest())], dtype=torch.float32)
+    known = new[:0] if releases is None else releases
+    if bool((known == new).all(dim=1).any()):
+        return known
+    spent = Accountant(config).epsilon_after(len(known) + 1)
+    if spent > config.privacy.epsilon:
+        raise ClientError(
+            f"Another reply would bring this client's epsilon to {spent:.2f}, above its budget of {config.privacy.epsilon:g}."
+        )
+    return torch.cat([known, new])
+
+
 @lru_cache(maxsize=4096)
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return the smallest epsilon at `delta` of telling N(0, 1) from N(mu, 1), to float precision and from above.

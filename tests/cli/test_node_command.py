@@ -18,8 +18,10 @@ from typer.testing import CliRunner, Result
 
 from fedtune.cli.app import app
 from fedtune.config.load import load_config
+from fedtune.runs.atomic import read_json_lines
 
 PROJECT = Path(__file__).parents[2]
+CLI = [sys.executable, "-m", "fedtune.cli.app"]
 NOBODY = "127.0.0.1:1"
 """No SuperLink listens there."""
 
@@ -50,6 +52,18 @@ def test_a_dry_run_says_what_was_found_and_starts_nothing(data: Path) -> None:
     assert "without TLS" in done.stderr
 
 
+def test_what_an_owner_insists_on_is_said(data: Path) -> None:
+    terms = ["--set", "privacy.mode=local", "--set", "privacy.epsilon=4", "--at-most", "training.batch_size=8"]
+    done = node("--data", data, "--model", "builtin:tiny", "--insecure", "--challenge", "tiny", *terms)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[3:] == [
+        "takes part with privacy.mode only local",
+        "takes part with privacy.epsilon at most 4.0",
+        "takes part with training.batch_size at most 8",
+        "nothing was started",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "what", "next_word"),
     [
@@ -72,6 +86,13 @@ def test_a_dry_run_says_what_was_found_and_starts_nothing(data: Path) -> None:
             2,
             "no column 'q'",
             "",
+        ),
+        (["--model", "builtin:tiny", "--at-most", "training.batch=8"], 2, "did you mean training.batch_size", ""),
+        (
+            ["--model", "builtin:tiny", "--at-most", "privacy.mode=local"],
+            2,
+            "takes numbers",
+            "--set privacy.mode=local",
         ),
         (["--model", "owner/name", "--set", "model.trust_remote_code=true"], 2, "40 hex digits", ""),
     ],
@@ -164,31 +185,69 @@ def wait_until_gone(pid: int, seconds: float = 30) -> None:
         time.sleep(0.2)
 
 
+Running = tuple[subprocess.Popen[bytes], Path]
+
+
+def two_files(folder: Path) -> Path:
+    """Deal the tiny challenge's rows out to two files; return their folder."""
+    lines = (PROJECT / "fedtune/data/builtin/tiny/train.jsonl").read_text().splitlines(keepends=True)
+    files = folder / "files"
+    files.mkdir()
+    for number in range(2):
+        (files / f"{number}.jsonl").write_text("".join(lines[number::2]))
+    return files
+
+
+def start_superlink(start: Start, port: int) -> Running:
+    superlink, said = start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+    wait_for("running on", said)
+    return superlink, said
+
+
+def start_node(start: Start, address: str, number: int, files: Path) -> Running:
+    words = ["--superlink", address, "--insecure", "--model", "builtin:tiny", "--partition", str(number)]
+    node, said = start(*CLI, "node", *words, "--data", files / f"{number}.jsonl")
+    wait_for("SuperNode ID", said)
+    return node, said
+
+
+@pytest.mark.slow
+def test_a_node_without_a_key_comes_back_as_another(start: Start, tmp_path: Path) -> None:
+    """Killed in round 2, which costs it that round and perhaps the next; then it is there again, under a new id."""
+    files, port = two_files(tmp_path), free_port()
+    address = f"127.0.0.1:{port}"
+    start_superlink(start, port)
+    start_node(start, address, 0, files)
+    small = ["federation.rounds=5", "federation.clients=2", "federation.fraction=1.0", "training.max_steps=2"]
+    words = ["--challenge", "tiny", "--superlink", address, *(word for one in small for word in ("--set", one))]
+    training, said = start(*CLI, "train", *words, "--out", tmp_path / "runs")
+    wait_for("1 of 2 clients are there, missing 1", said)
+    lost, _ = start_node(start, address, 1, files)
+    wait_for("round 1/5", said)
+    (supernode,) = children(lost.pid)
+    os.kill(supernode, signal.SIGKILL)  # no goodbye to the SuperLink
+    lost.kill()
+    lost.wait()
+    start_node(start, address, 1, files)
+    assert training.wait(400) == 0, said.read_text()
+    (run,) = (tmp_path / "runs").iterdir()
+    status = {(line["round"], line["partition"]): line["status"] for line in read_json_lines(run / "metrics.jsonl")}
+    assert "error" in status.values()
+    assert [status[5, partition] for partition in (0, 1)] == ["ok", "ok"]
+
+
 @pytest.mark.slow
 def test_a_federation_of_two_nodes(start: Start, tmp_path: Path) -> None:
     """Same bits as in-process; a strange bundle is not run; a SuperLink that forgot is joined again; no process is left."""
     from fedtune.federation.train import train
 
-    lines = (PROJECT / "fedtune/data/builtin/tiny/train.jsonl").read_text().splitlines(keepends=True)
-    files = tmp_path / "files"
-    files.mkdir()
-    for number in range(2):
-        (files / f"{number}.jsonl").write_text("".join(lines[number::2]))
-
-    port = free_port()
+    files, port = two_files(tmp_path), free_port()
     address = f"127.0.0.1:{port}"
     (tmp_path / "home").mkdir()
     connection = {"superlink": {"default": "here", "here": {"address": address, "insecure": True}}}
     (tmp_path / "home" / "config.toml").write_text(tomli_w.dumps(connection))
-    superlink, said_by_superlink = start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
-    wait_for("running on", said_by_superlink)
-    fedtune = [sys.executable, "-m", "fedtune.cli.app", "node", "--superlink", address, "--insecure"]
-    nodes = [
-        start(*fedtune, "--model", "builtin:tiny", "--partition", str(number), "--data", files / f"{number}.jsonl")
-        for number in range(2)
-    ]
-    for _, said in nodes:
-        wait_for("SuperNode ID", said)
+    superlink, said_by_superlink = start_superlink(start, port)
+    nodes = [start_node(start, address, number, files) for number in range(2)]
 
     # What the server knows of its own places must mean nothing to the nodes.
     changes = ["federation.rounds=2", "federation.clients=2", "federation.fraction=1.0", "training.max_steps=2"]
@@ -210,8 +269,7 @@ def test_a_federation_of_two_nodes(start: Start, tmp_path: Path) -> None:
     # A SuperLink that forgets its nodes is joined again.
     superlink.kill()
     superlink.wait()
-    _, said_by_superlink = start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
-    wait_for("running on", said_by_superlink)
+    _, said_by_superlink = start_superlink(start, port)
     for _, said in nodes:
         wait_for("joining it again", said)
     deadline = time.monotonic() + 300

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import ssl
 import sys
@@ -17,6 +18,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -42,7 +44,8 @@ from fedtune.errors import ClientError, MissingError, UsageError
 from fedtune.federation import client
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.credentials import check_ca, check_key, check_superlink
-from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
+from fedtune.federation.node import NODE_KEY, NodeSettings, Term, config_on_node, privacy_term
+from fedtune.federation.privacy import Accountant
 from fedtune.federation.supernode import answer
 from fedtune.federation.wire import encode
 from fedtune.federation.workspace import NodeWorkspace, workspace_of_client
@@ -223,6 +226,76 @@ def test_the_owners_time_limit_holds(own: NodeSettings) -> None:
     assert config_on_node(asked, "", own).federation.client_timeout_s == 600
     assert config_on_node(asked, "", replace(own, max_seconds=30)).federation.client_timeout_s == 30
     assert config_on_node(asked, "", replace(own, max_seconds=900)).federation.client_timeout_s == 600
+
+
+@pytest.mark.parametrize(
+    ("term", "asked", "said"),
+    [
+        (
+            Term("privacy.mode", "only", "local"),
+            "privacy.mode=central",
+            "mode is central; .* with privacy.mode only local",
+        ),
+        (
+            Term("privacy.epsilon", "at most", 8.0),
+            "privacy.epsilon=8.5",
+            "epsilon is 8.5; .* privacy.epsilon at most 8.0",
+        ),
+        (Term("privacy.noise_multiplier", "at least", 2.0), "privacy.noise_multiplier=1.5", "is 1.5; .* at least 2.0"),
+        (Term("training.batch_size", "at most", 1), "training.batch_size=2", "is 2; .* training.batch_size at most 1"),
+    ],
+)
+def test_a_run_against_the_owners_terms_is_refused(own: NodeSettings, term: Term, asked: str, said: str) -> None:
+    settings = NodeSettings.from_json(replace(own, terms=(term,)).to_json())
+    assert settings.terms == (term,)
+    assert re.search(said, refusal(settings, config_json(asked)))
+    config_on_node(config_json(f"{term.key}={term.value}"), "", settings)  # what was agreed on
+
+
+def test_a_stricter_privacy_than_agreed_is_taken(own: NodeSettings) -> None:
+    asked = config_json(
+        "privacy.mode=local", "privacy.epsilon=1.0", "privacy.noise_multiplier=50", "privacy.delta=1e-9"
+    )
+    keys = ("mode", "epsilon", "delta", "noise_multiplier")
+    agreed = load_config(settings=["privacy.mode=local", "privacy.noise_multiplier=5"]).config
+    terms = tuple(privacy_term(f"privacy.{key}", agreed) for key in keys)
+    assert [term.how for term in terms] == ["only", "at most", "at most", "at least"]
+    assert config_on_node(asked, "", replace(own, terms=terms)).privacy.epsilon == 1
+
+
+def test_a_client_keeps_to_its_budget_whatever_the_server_asks(own: NodeSettings, flower_identity: None) -> None:
+    """A server that never stops, repeats rounds with other adapters, or makes up round numbers gets no more than the budget."""
+    text = config_json(
+        "privacy.mode=local", "privacy.noise_multiplier=5.0", "privacy.epsilon=4.0", "federation.rounds=2"
+    )
+    budget = 0
+    while Accountant(load_config(settings=["privacy.noise_multiplier=5.0"]).config).epsilon_after(budget + 1) <= 4:
+        budget += 1
+    assert budget >= 3
+    workspace = NodeWorkspace(config_on_node(text, "", own))
+    first = initial_tensors(workspace.adapted, seed=1)
+    node = context(text)
+
+    def ask(server_round: int, tensors: dict[str, torch.Tensor]) -> Message:
+        orders = ConfigRecord({"server-round": server_round, "learning-rate": 1e-3})
+        content = RecordDict({"arrays": encode(tensors, "float32"), "config": orders})
+        return answer(question(MessageType.TRAIN, content), node, bundle(), own)
+
+    assert same_arrays(ask(2, first), ask(2, first))  # what a crash undid: the same bits, no release
+    for number in range(1, budget):
+        other = {name: tensor + 1e-4 * number for name, tensor in first.items()}
+        assert not ask((1, 99)[number % 2], other).has_error()
+    refused = ask(1, {name: tensor - 1e-4 for name, tensor in first.items()})
+    assert re.fullmatch(
+        r"Another reply would bring this client's epsilon to 4\.\d+, above its budget of 4\.",
+        refused.error.reason or "",
+    )
+    assert not node.state.array_records.keys() - {f"fedtune-round-{number}" for number in (1, 2, 99)}
+
+
+def same_arrays(ours: Message, theirs: Message) -> bool:
+    one, other = (message.content.array_records["arrays"] for message in (ours, theirs))
+    return all(np.array_equal(one[name].numpy(), other[name].numpy()) for name in one)
 
 
 # What leaves
