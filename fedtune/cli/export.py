@@ -268,6 +268,8 @@ def _check(path: Path, as_json: bool) -> None:
         print_data("".join(f"{finding.file}: {finding.text}\n" for finding in found.findings))
         count = len(found.findings)
         said = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
-        note(f"{path}: {said}; checked: {', '.join(found.checked) or 'nothing'}")
+        note(f"{path}: {said}; there was to check:")
+        for line in found.checked:
+            note(f"  {line}")
     if found.findings:
         raise typer.Exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,16 +69,17 @@ def resolve(
     config: list[Path] | None,
     settings: list[str] | None,
     data: Path | None = None,
-    engine: str | None = None,
     first_files: list[Path] | None = None,
+    flags: Mapping[str, tuple[str, Any]] | None = None,
 ) -> ResolvedConfig:
     """Merge the shared options into one config.
 
-    `--data` names the source; a folder also means one client per file in it.
+    `--data` names the source; a folder also means one client per file in it. `flags` are a command's own, in the form of
+    `load_config`.
     """
     from fedtune.config.load import load_config
 
-    flags: dict[str, tuple[str, Any]] = {}
+    flags = dict(flags or {})
     if data is not None:
         flags["data.source"] = ("--data", str(data))
         if data.is_dir():
@@ -85,8 +87,6 @@ def resolve(
 
             flags["data.partitioner"] = ("--data", "files")
             flags["federation.clients"] = ("--data", len(client_files(data)))
-    if engine is not None:
-        flags["federation.engine"] = ("--engine", engine)
     return load_config(
         challenge=challenge,
         recipe=recipe,

@@ -65,10 +65,10 @@ def train(
         challenge=challenge,
         recipe=recipe,
         config=config,
-        settings=[*(set_ or []), *_superlink_settings(superlink, superlink_ca)],
+        settings=set_,
         data=data,
-        engine=engine or ("superlink" if superlink else None),
         first_files=[run.config_file] if run else None,
+        flags=_engine_flags(engine, superlink, superlink_ca),
     )
     if data is not None and resolved.config.federation.engine == "superlink":
         raise UsageError(
@@ -106,12 +106,16 @@ def train(
         print_json({"result": result, **({"baselines": comparison} if comparison else {})})
 
 
-def _superlink_settings(address: str | None, ca: Path | None) -> list[str]:
-    """Return the options that say where the SuperLink is, as settings."""
-    from json import dumps
-
-    given = {"superlink": address, "superlink_ca": ca and str(ca.expanduser().resolve())}
-    return [f"federation.{key}={dumps(value)}" for key, value in given.items() if value is not None]
+def _engine_flags(engine: str | None, superlink: str | None, ca: Path | None) -> dict[str, tuple[str, str]]:
+    """Return the options that say where clients run; a SuperLink's address alone means its engine."""
+    flags = {}
+    if engine or superlink:
+        flags["federation.engine"] = ("--engine", engine) if engine else ("--superlink", "superlink")
+    if superlink is not None:
+        flags["federation.superlink"] = ("--superlink", superlink)
+    if ca is not None:
+        flags["federation.superlink_ca"] = ("--superlink-ca", str(ca.expanduser().resolve()))
+    return flags
 
 
 def _show_plan(resolved: ResolvedConfig, as_json: bool) -> None:

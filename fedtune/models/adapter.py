@@ -217,6 +217,8 @@ def _quietly_adapted(model: Any, config: LoraConfig, **options: Any) -> Any:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         # The config's reference says what becomes of tied modules.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        # GPT-2's Conv1D has its weights turned; PEFT sees that by itself, and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         return get_peft_model(model, config, **options)
 
 

@@ -36,7 +36,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    fill(beside)
+    try:
+        fill(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     for path in sorted(beside.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:

@@ -280,6 +280,14 @@ def test_mistakes_get_one_paragraph(tmp_path: Path, words: list[str], code: int,
     assert done.stdout == ""
 
 
+def test_a_superlink_is_named_by_its_flags(tmp_path: Path) -> None:
+    """`--superlink` alone means the engine; every value's origin is the flag that it came by."""
+    done = typed("train", "--superlink", "host:8000", "--superlink-ca", "ca.crt", "--dry-run", cwd=tmp_path)
+    assert 'superlink = "host:8000"  # --superlink\n' in done.stdout
+    assert f'superlink_ca = "{tmp_path / "ca.crt"}"  # --superlink-ca\n' in done.stdout
+    assert 'engine = "superlink"  # --superlink\n' in done.stdout
+
+
 def test_dry_run_prints_a_config_that_can_be_used(tmp_path: Path) -> None:
     done = typed("train", "--recipe", "aloe-8b-medical", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

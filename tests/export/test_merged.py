@@ -94,7 +94,6 @@ def test_llama_as_peft_merges_it(tmp_path: Path, settings: AdapterConfig, dtype:
     assert "Checked against base and adapter on 3 prompts" in done.notes[0]
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sets it right itself
 @pytest.mark.parametrize("prefix", ["transformer.", ""], ids=["prefix", "bare"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path, dora: bool, prefix: str) -> None:
