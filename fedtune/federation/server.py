@@ -8,15 +8,13 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 from fedtune.config.facts import known_architecture
-from fedtune.config.schema import FedTuneConfig
 from fedtune.federation.rounds import Rounds
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.models.adapter import initial_tensors
 from fedtune.models.hub import resolve_base
-from fedtune.models.shapes import adapter_shapes
+from fedtune.models.shapes import adapter_shapes, target_modules
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
 from fedtune.runs.report import write_report
@@ -49,18 +47,8 @@ def prepared(grid: Grid, config_json: str, run: RunDirectory) -> Rounds:
     else:
         shapes = adapter_shapes(config.model, config.adapter, known_architecture(config))
         initial = initial_tensors(shapes, config.seed)
-        targets = _targets(config, list(shapes))
+        targets = target_modules(config.adapter, shapes)
         revision = config.model.revision
         if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             revision = resolve_base(config.model, only_config=True).revision
     return Rounds(grid, config, run, initial=initial, target_modules=targets, revision=revision)
-
-
-def _targets(config: FedTuneConfig, names: Sequence[str]) -> list[str]:
-    """Return the modules that are adapted as PEFT names them, from the names of the adapter's tensors."""
-    if isinstance(config.adapter.targets, tuple):
-        return sorted(set(config.adapter.targets))
-    modules = {re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in names}
-    # PEFT keeps the whole names of all linear modules as long as they are few.
-    whole = config.adapter.targets == "all-linear" and len(modules) < MIN_TARGET_MODULES_FOR_OPTIMIZATION
-    return sorted(modules if whole else {module.rpartition(".")[2] for module in modules})

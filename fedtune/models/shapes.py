@@ -8,6 +8,9 @@ Importing this file and the arithmetic load neither torch nor transformers.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from fedtune.config.facts import Architecture
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ConfigError, Problem
@@ -32,6 +35,18 @@ def adapter_shapes(model: ModelConfig, adapter: AdapterConfig, architecture: Arc
         if set(targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}:
             return _attention_shapes(architecture, targets, adapter.rank)
     return _meta_shapes(model, adapter)
+
+
+def target_modules(adapter: AdapterConfig, shapes: Iterable[str]) -> list[str]:
+    """Return the adapted modules as PEFT names them in `adapter_config.json`, from the names of a LoRA adapter's tensors."""
+    from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+
+    if isinstance(adapter.targets, tuple):
+        return sorted(set(adapter.targets))
+    modules = {re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in shapes}
+    # PEFT keeps the whole names of all linear modules as long as they are few.
+    whole = adapter.targets == "all-linear" and len(modules) < MIN_TARGET_MODULES_FOR_OPTIMIZATION
+    return sorted(modules if whole else {module.rpartition(".")[2] for module in modules})
 
 
 def _attention_shapes(architecture: Architecture, targets: tuple[str, ...], rank: int) -> Shapes:
