@@ -33,7 +33,7 @@ from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
 from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdaptedModel, attach_saved, read_adapter
 from fedtune.models.base import Base, compute_dtype, load_base
 from fedtune.models.hub import resolve_base
-from fedtune.runs.atomic import write_json
+from fedtune.runs.atomic import alone_in, write_json
 from fedtune.runs.directory import file_sha256
 
 Mode = Literal["fast", "official"]
@@ -467,14 +467,15 @@ def _merge_results(file: Path, results: Sequence[BenchResult]) -> None:
     """Write results.json: these results, and those of earlier calls about something else."""
     fresh = [result_record(result) for result in results]
     keys = ("label", "bench", "protocol", "mode")
-    try:
-        old = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        old = []
     taken = {tuple(record[key] for key in keys) for record in fresh}
-    kept = [record for record in old if tuple(record.get(key) for key in keys) not in taken]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, [*kept, *fresh])
+    with alone_in(file.parent):
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            old = []
+        kept = [record for record in old if tuple(record.get(key) for key in keys) not in taken]
+        write_json(file, [*kept, *fresh])
 
 
 def _on_hub(model: ModelConfig) -> bool:

@@ -1,8 +1,11 @@
 """evaluate() on the tiny base: several adapters in one call, what is written, going on after a stop, both modes, finance."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +184,18 @@ def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> No
     records = json.loads((out / "results.json").read_text())
     assert {record["label"] for record in records} == set(names)
     assert len(list((out / "answers").iterdir())) == len(names)
+
+
+def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(tmp_path, None)
+    (result,) = evaluate(settings).results
+    write = module.write_json
+    monkeypatch.setattr(module, "write_json", lambda path, value: (time.sleep(0.2), write(path, value)))
+    others = [[replace(result, label=f"other-{number}")] for number in range(3)]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(partial(module.finish, settings), others))
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(record["label"] for record in records) == [result.label, "other-0", "other-1", "other-2"]
 
 
 def test_a_second_call_loads_no_model(adapters: list[Path], loads: list[ModelConfig], tmp_path: Path) -> None:
