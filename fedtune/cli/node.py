@@ -95,7 +95,7 @@ def _settings(
 ) -> NodeSettings:
     """Return what the owner decided; templates, base model and privacy where a flag, a preset or a file names them."""
     from fedtune.config.load import load_config
-    from fedtune.federation.node import NodeSettings, privacy_term
+    from fedtune.federation.node import NodeSettings, privacy_terms
 
     resolved = load_config(
         challenge=challenge,
@@ -111,7 +111,12 @@ def _settings(
             hint="Name it: --model BASE, or take the coordinator's --challenge, --recipe or --config.",
         )
     chosen, base = resolved.config.data, resolved.config.model.base
-    terms = [privacy_term(key, resolved.config) for key in resolved.origins if key.startswith("privacy.")]
+    private = [key for key in resolved.origins if key.startswith("privacy.")]
+    if private and resolved.config.privacy.mode == "none" and "privacy.mode" not in private:
+        raise UsageError(
+            f"{private[0]} asks for no privacy as long as privacy.mode is none.",
+            hint="Say which: --set privacy.mode=local, or central where you trust the server.",
+        )
     folder = Path(base).expanduser()
     return NodeSettings(
         data=str(data.expanduser().absolute()),
@@ -122,7 +127,7 @@ def _settings(
         response=chosen.response if preset or "data.response" in resolved.origins else None,
         state=str(state.expanduser().absolute()) if state else None,
         max_seconds=max_seconds,
-        terms=(*terms, *_limits(at_most or [])),
+        terms=(*privacy_terms(resolved.config, private), *_limits(at_most or [])),
     )
 
 

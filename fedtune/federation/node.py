@@ -6,7 +6,7 @@ The owner's decisions travel in the node's own config, which a server cannot wri
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from importlib.metadata import version
@@ -55,10 +55,17 @@ _PRIVACY: Mapping[str, Literal["only", "at most", "at least"]] = {
 }
 
 
-def privacy_term(key: str, config: FedTuneConfig) -> Term:
-    """Return what an owner means who has set `key` of `privacy`, to its value in `config`."""
-    term = Term(key, _PRIVACY.get(key, "only"), "")
-    return term._replace(value=term.of(config))
+def privacy_terms(config: FedTuneConfig, named: Iterable[str]) -> tuple[Term, ...]:
+    """Return what privacy an owner insists on: mode and budget, and what else of `privacy` is among the keys that they `named`.
+
+    Clients keep the budget themselves, so the noise need not be named; mode `none` insists on nothing.
+    """
+    if config.privacy.mode == "none":
+        return ()
+    keys = dict.fromkeys(("privacy.mode", "privacy.epsilon", "privacy.delta"))
+    keys |= dict.fromkeys(key for key in named if key.startswith("privacy."))
+    terms = (Term(key, _PRIVACY.get(key, "only"), "") for key in keys)
+    return tuple(term._replace(value=term.of(config)) for term in terms)
 
 
 @dataclass(frozen=True)

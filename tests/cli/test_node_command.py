@@ -59,6 +59,7 @@ def test_what_an_owner_insists_on_is_said(data: Path) -> None:
     assert done.stdout.splitlines()[3:] == [
         "takes part with privacy.mode only local",
         "takes part with privacy.epsilon at most 4.0",
+        "takes part with privacy.delta at most 1e-05",
         "takes part with training.batch_size at most 8",
         "nothing was started",
     ]
@@ -94,6 +95,7 @@ def test_what_an_owner_insists_on_is_said(data: Path) -> None:
             "takes numbers",
             "--set privacy.mode=local",
         ),
+        (["--model", "builtin:tiny", "--set", "privacy.epsilon=4"], 2, "asks for no privacy", "privacy.mode=local"),
         (["--model", "owner/name", "--set", "model.trust_remote_code=true"], 2, "40 hex digits", ""),
     ],
 )

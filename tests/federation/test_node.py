@@ -44,7 +44,7 @@ from fedtune.errors import ClientError, MissingError, UsageError
 from fedtune.federation import client
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.credentials import check_ca, check_key, check_superlink
-from fedtune.federation.node import NODE_KEY, NodeSettings, Term, config_on_node, privacy_term
+from fedtune.federation.node import NODE_KEY, NodeSettings, Term, config_on_node, privacy_terms
 from fedtune.federation.privacy import Accountant
 from fedtune.federation.supernode import answer
 from fedtune.federation.wire import encode
@@ -256,11 +256,19 @@ def test_a_stricter_privacy_than_agreed_is_taken(own: NodeSettings) -> None:
     asked = config_json(
         "privacy.mode=local", "privacy.epsilon=1.0", "privacy.noise_multiplier=50", "privacy.delta=1e-9"
     )
-    keys = ("mode", "epsilon", "delta", "noise_multiplier")
-    agreed = load_config(settings=["privacy.mode=local", "privacy.noise_multiplier=5"]).config
-    terms = tuple(privacy_term(f"privacy.{key}", agreed) for key in keys)
-    assert [term.how for term in terms] == ["only", "at most", "at most", "at least"]
+    agreed = load_config(settings=["privacy.mode=local", "privacy.noise_multiplier=5"])
+    terms = privacy_terms(agreed.config, agreed.origins)
+    assert [str(term) for term in terms] == [
+        "privacy.mode only local",
+        "privacy.epsilon at most 8.0",
+        "privacy.delta at most 1e-05",
+        "privacy.noise_multiplier at least 5.0",
+    ]
     assert config_on_node(asked, "", replace(own, terms=terms)).privacy.epsilon == 1
+    assert (
+        privacy_terms(load_config(settings=["privacy.mode=none", "privacy.epsilon=3.0"]).config, ["privacy.epsilon"])
+        == ()
+    )
 
 
 def test_a_client_keeps_to_its_budget_whatever_the_server_asks(own: NodeSettings, flower_identity: None) -> None:
