@@ -6,6 +6,7 @@ A node that joins again with its key is the node that it was. Without a key Flow
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from flwr.app import Message, MessageType, RecordDict
@@ -18,6 +19,8 @@ from fedtune.federation.events import ClientsAwaited, ClientsMet, tell
 from fedtune.federation.screen import METRICS, Client, printable
 
 _POLL_S = 1.0
+_AGAIN_S = 15.0
+"""Nodes that are in each other's way, or nobody's, may be started again with other numbers, and are asked again after so long."""
 _LATE_S = 60.0
 """A node that comes in the middle of a run may take so long to read its rows; after that it is asked again in the next round."""
 
@@ -62,6 +65,7 @@ class Roster:
                 one of them cannot be any.
         """
         deadline = time.monotonic() + self._timeout_s
+        again = time.monotonic() + _AGAIN_S
         told: ClientsAwaited | None = None
         while absent := self._absent(online := set(self._grid.get_node_ids()), deadline - time.monotonic()):
             unfit = [said for node, said in self._said.items() if node in online and isinstance(said, str)]
@@ -76,6 +80,9 @@ class Roster:
             if awaited != told:
                 tell(told := awaited)
             time.sleep(_POLL_S)
+            if time.monotonic() > again:
+                self._forget_doubtful()
+                again = time.monotonic() + _AGAIN_S
         clients = [self._clients[partition] for partition in self._wanted]
         tell(ClientsMet([client.node for client in clients], [client.rows for client in clients]))
 
@@ -83,7 +90,11 @@ class Roster:
         """Return the clients in partition order, each on the node that it is on by now; one that is gone stays on its last."""
         online = set(self._grid.get_node_ids())
         if any(client.node not in online for client in self._clients.values()):
+            last = self._clients
+            self._clients = dict(last)
+            self._forget_doubtful()
             self._ask(online, min(_LATE_S, self._timeout_s))
+            self._clients = {**last, **self._clients}
         return [self._clients[partition] for partition in self._wanted]
 
     def _absent(self, online: set[int], timeout_s: float) -> list[int]:
@@ -91,8 +102,15 @@ class Roster:
         self._ask(online, max(0.0, timeout_s))
         return [partition for partition in self._wanted if partition not in self._clients]
 
+    def _forget_doubtful(self) -> None:
+        """Let nodes that cannot be clients, and those that say they are the same one, be asked again."""
+        counts = Counter(said.partition for said in self._said.values() if isinstance(said, Client))
+        self._said = {
+            node: said for node, said in self._said.items() if isinstance(said, Client) and counts[said.partition] == 1
+        }
+
     def _ask(self, online: set[int], timeout_s: float) -> None:
-        """Ask the nodes that have not answered yet; give each client to the first that says it is it, or to one that is there."""
+        """Ask the nodes that have not answered yet, and place the clients anew."""
         questions = {
             node: Message(RecordDict(), node, MessageType.QUERY) for node in sorted(online - self._said.keys())
         }
@@ -104,11 +122,13 @@ class Roster:
             if isinstance(said, Client):
                 # Only the answer says which client the question went to.
                 self._note(said.partition, questions[node], reply)
+        for partition, client in list(self._clients.items()):
+            said_now = self._said.get(client.node, client)
+            if client.node not in online or said_now != client:
+                del self._clients[partition]
         for node, said in self._said.items():
             if node in online and isinstance(said, Client):
-                before = self._clients.get(said.partition)
-                if before is None or before.node not in online:
-                    self._clients[said.partition] = said
+                self._clients.setdefault(said.partition, said)
 
     def _heard(self, node: int, reply: Message) -> Client | str:
         """Return which client a node says it is, or why it is none."""

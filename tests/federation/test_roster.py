@@ -125,6 +125,30 @@ def test_who_says_it_is_somebody_else_is_named_while_waiting(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("wrong", [6, 7])
+def test_a_node_that_is_started_again_with_its_right_number_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    """With its key it is the same node to Flower, and nothing says that it was started anew; be it the first or the second."""
+    monkeypatch.setattr(roster, "_AGAIN_S", 0.05)
+    grid = Visitors([5, 6, 7], clients={5: 0, 6: 2, 7: 2})
+    rounds = rounds_of(tmp_path / "run", config_of(), grid=grid)
+    met: list[ClientsMet] = []
+
+    def mend(event: Event) -> None:
+        if isinstance(event, ClientsAwaited):
+            assert event.remark == "two nodes say they are client 2"
+            grid._contexts[wrong].node_config["partition-id"] = 1
+        if isinstance(event, ClientsMet):
+            met.append(event)
+
+    with listening(mend):
+        rounds.go()
+    assert value(rounds) == pytest.approx(2 * 14 / 6)
+    assert grid.asked == [5, 6, 7, 6, 7]
+    assert met == [ClientsMet([5, wrong, 13 - wrong], [1, 2, 3])]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
