@@ -91,7 +91,7 @@ def audit(run: RunDirectory) -> Audit:
         MissingError: there is no config, or no ledger though rounds are committed.
     """
     config = run.read_config()
-    done = committed_rounds(run)
+    done = run.committed_rounds()
     if done and not run.ledger_file.is_file():
         raise MissingError(f"{run.ledger_file} is missing, though {done} rounds of the run are committed.")
     entries = read_ledger(run.ledger_file)
@@ -179,12 +179,6 @@ def explain(training: Sequence[Entry], sizes: Sizes, done: int, state: State) ->
         unheard = sum(sizes.pair(number, node)[1] * count for node, count in silent.items())
         add("no reply from the client" if number <= done else pending, -unheard, silent.total())
     return [Cause(text, counts[text], found[text]) for text in found]
-
-
-def committed_rounds(run: RunDirectory) -> int:
-    """Return the number of committed rounds, without touching the run: it may be running."""
-    manifests = run.state_folder.glob("round-[0-9]*/manifest.json")
-    return max((int(path.parent.name.removeprefix("round-")) for path in manifests), default=0)
 
 
 def is_locked(run: RunDirectory) -> bool:

@@ -49,12 +49,14 @@ WIRE_FORMATS = {
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """How one codec writes all tensors of a message into one string of bytes, each in blocks with a float32 scale."""
+    """How all tensors of a message are written into one string of bytes: plainly, or in blocks with a float32 scale each."""
 
     bits: int
     """Bits a value."""
-    block: int
+    block: int = 0
     """Values that share a scale; 0 for none."""
+    dtype: str = ""
+    """The wire dtype of plain values."""
 
     def bytes_of(self, values: int) -> int:
         """Return the bytes of a tensor of so many values: its scales, then its values."""
@@ -62,10 +64,16 @@ class PackedFormat:
         return scales + -(-values * self.bits // 8)
 
 
-PACKED_FORMATS = {
-    "packed-bf16": PackedFormat(16, 0),
+CODECS = {
+    "packed-bf16": PackedFormat(16, dtype="bf16"),
     "packed-int8": PackedFormat(8, 256),
     "packed-int4": PackedFormat(4, 64),
+}
+"""Formats whose replies are differences from what the client has received."""
+PACKED_FORMATS = CODECS | {
+    "joined-float32": PackedFormat(32, dtype="float32"),
+    "joined-fp16": PackedFormat(16, dtype="fp16"),
+    "joined-bf16": PackedFormat(16, dtype="bf16"),
 }
 PACKED = "packed"
 """Key of the one array that a packed message has."""

@@ -82,8 +82,7 @@ def reply_span(config: FedTuneConfig, shapes: Shapes) -> Span:
 def _span(
     config: FedTuneConfig, shapes: Shapes, key: str, kind: str, records: list[dict[str, int]], *, reply: bool
 ) -> Span:
-    communication = config.communication
-    arrays = wire_record_bytes(shapes, communication.up_format if reply else communication.down_format)
+    arrays = wire_record_bytes(shapes, config.up_format if reply else config.down_format)
     fixed = arrays + record_dict_bytes("RecordDict", ["arrays", key])
     low, high = (_record_bytes(kind, record) for record in records)
     return Span(fixed + low, fixed + high) + _metadata(config, reply=reply)

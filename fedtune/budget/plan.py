@@ -117,8 +117,8 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         steps_per_round=config.training.max_steps,
         strategy=config.strategy.name,
         wire_dtype=config.communication.wire_dtype,
-        down_format=config.communication.down_format,
-        up_format=config.communication.up_format,
+        down_format=config.down_format,
+        up_format=config.up_format,
         arrays=len(shapes),
         parameters=sum(prod(shape) for shape in shapes.values()),
         varies=len(counts) > 1,
@@ -160,10 +160,9 @@ class Sizes:
     def of(self, kind: Kind) -> tuple[int, int]:
         """Return the bytes of a message and of its reply."""
         if kind not in self._known:
-            communication = self.config.communication
             self._known[kind] = (
-                wire_bytes(self.down_shapes(kind), communication.down_format),
-                wire_bytes(self.up_shapes(kind), communication.up_format),
+                wire_bytes(self.down_shapes(kind), self.config.down_format),
+                wire_bytes(self.up_shapes(kind), self.config.up_format),
             )
         return self._known[kind]
 

@@ -231,7 +231,9 @@ def _show_forecast(config: FedTuneConfig, planned: Plan, cap_mib: float, time: T
 
 def _formats(planned: Plan) -> str:
     """Return how messages are written, both ways: `float32`, or `int8 down, float32 up`."""
-    down, up = (form.removeprefix("packed-") for form in (planned.down_format, planned.up_format))
+    down, up = (
+        form.removeprefix("packed-").removeprefix("joined-") for form in (planned.down_format, planned.up_format)
+    )
     return down if down == up else f"{down} down, {up} up"
 
 

@@ -202,26 +202,15 @@ class CommunicationConfig(Section):
     wire_dtype: Literal["float32", "bf16", "fp16"] = "float32"
     """Number format of adapters in messages; averaging is always in float32."""
     codec: Codec = "none"
-    """Compression of adapters in messages, both ways: `none` sends each array in `wire_dtype`; the others send one block-wise
-    quantized string of bytes, replies as differences whose rounding errors the client keeps for its next reply."""
+    """Compression of adapters in messages, both ways: `none` sends each array in `wire_dtype` (over a SuperLink all as one string
+    of the same values); the others send one block-wise quantized string of bytes, replies as differences whose rounding errors
+    the client keeps for its next reply."""
     uplink_codec: Codec | None = None
     """The codec of replies, where it is another."""
     downlink_codec: Codec | None = None
     """The codec of messages to clients, where it is another."""
     cap_mib: float = Field(200_000.0, gt=0)
     """Most MiB of training messages, both ways; the run stops before the message that would pass it."""
-
-    @property
-    def down_format(self) -> str:
-        """How messages to clients are written: a codec, or the wire dtype where there is none."""
-        codec = self.downlink_codec or self.codec
-        return self.wire_dtype if codec == "none" else f"packed-{codec}"
-
-    @property
-    def up_format(self) -> str:
-        """How replies are written: a codec, or the wire dtype where there is none."""
-        codec = self.uplink_codec or self.codec
-        return self.wire_dtype if codec == "none" else f"packed-{codec}"
 
 
 class PrivacyConfig(Section):
@@ -286,6 +275,23 @@ class FedTuneConfig(Section):
                 "its bound rests on an average of clipped updates"
             )
         return self
+
+    @property
+    def down_format(self) -> str:
+        """How messages to clients are written: in a codec, in the wire dtype, or `joined`."""
+        return self._format(self.communication.downlink_codec)
+
+    @property
+    def up_format(self) -> str:
+        """How replies are written."""
+        return self._format(self.communication.uplink_codec)
+
+    def _format(self, codec: Codec | None) -> str:
+        codec, wire = codec or self.communication.codec, self.communication.wire_dtype
+        if codec != "none":
+            return f"packed-{codec}"
+        # Over a SuperLink every array costs calls of its own, each way twice: there all of a message's travel as one.
+        return f"joined-{wire}" if self.federation.engine == "superlink" else wire
 
     def is_checkpoint(self, server_round: int) -> bool:
         """Whether `peft_<server_round>` is kept (rounds count from 1)."""

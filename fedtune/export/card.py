@@ -255,6 +255,8 @@ def configuration_table(finished: FinishedRun) -> str:
     shown["model.base"] = public_name(config.model.base)
     if config.data.source is not None:
         shown["data.source"] = public_name(config.data.source)
+    else:  # the rows lay with a SuperLink's nodes, each its own
+        del shown["data.partitioner"]
     rows = [
         (f"`{path}`", f"`{_value(value)}`")
         for path, value in shown.items()

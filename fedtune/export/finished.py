@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedtune.budget.audit import committed_rounds
 from fedtune.budget.ledger import Entry, read_ledger
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
@@ -138,7 +137,7 @@ def open_run(name: str | None = None, adapter: str | None = None, runs: Path = R
     if number not in kept:
         there = ", ".join(f"peft_{each}" for each in kept)
         raise MissingError(f"The run {run.path} has no peft_{number}.", hint=f"It has {there}.")
-    finished = FinishedRun(run, config, number, committed_rounds(run))
+    finished = FinishedRun(run, config, number, run.committed_rounds())
     if finished.adapter.is_symlink():
         raise UsageError(f"{finished.adapter} is a link, and does not leave the run.", hint="Put the folder there.")
     _ = finished.saved  # a damaged adapter shows now, not in the middle of an upload

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedtune.budget.count import PACKED_FORMATS, Shapes
+from fedtune.budget.count import CODECS, Shapes
 from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import steps_of_round
@@ -161,7 +161,7 @@ def _received(
     server_round, offset_rank = int(orders["server-round"]), int(orders.get("offset-rank", 0))  # type: ignore[arg-type]
     expected = down_shapes(config, shapes, server_round, partition, offset_rank)
     try:
-        return decode(arrays, expected, config.communication.down_format)
+        return decode(arrays, expected, config.down_format)
     except WireError as error:
         raise ClientError(f"The server's message cannot be read: {error}.") from error
 
@@ -228,8 +228,8 @@ def _reply(
     round is made good in the next (error feedback, https://arxiv.org/abs/1809.07599).
     """
     sent = {name: outcome[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
-    form = config.communication.up_format
-    if form not in PACKED_FORMATS:
+    form = config.up_format
+    if form not in CODECS:
         return encode(sent, form), {}
     for name, tensor in sent.items():
         if name in start:

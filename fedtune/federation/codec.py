@@ -1,4 +1,4 @@
-"""Packed formats: all tensors of a message in one string of bytes, each quantized in blocks that share a scale.
+"""Packed formats: all tensors of a message in one string of bytes, as they are or quantized in blocks that share a scale.
 
 int8, blocks of 256: a block's scale is its largest magnitude / 127, its values are round(value / scale). A block of 1.0, -0.5
 becomes scale 1/127 and the bytes 127, -64 (-63.5 rounds to even). int4, blocks of 64: / 7, two values a byte, the first in the
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.budget.count import PACKED_FORMATS, PackedFormat, Shapes
+from fedtune.budget.count import PACKED_FORMATS, WIRE_FORMATS, PackedFormat, Shapes
 from fedtune.models.adapter import AdapterTensors
 
 _LEVELS = {8: 127, 4: 7}
@@ -36,10 +36,23 @@ def unpack(data: bytes | memoryview, shapes: Shapes, name: str) -> AdapterTensor
     return tensors
 
 
+def plain_bytes(tensor: torch.Tensor, dtype: str) -> bytes:
+    """Return a float32 CPU tensor's values in a wire dtype, one after another."""
+    values = tensor.to(torch.bfloat16).contiguous().view(torch.uint16) if dtype == "bf16" else tensor.contiguous()
+    return bytes(values.numpy().astype(WIRE_FORMATS[dtype].npy, copy=False).tobytes())
+
+
+def plain_values(data: bytes | memoryview, dtype: str) -> torch.Tensor:
+    """Return what `plain_bytes` has written, flat and as float32."""
+    values = np.frombuffer(data, WIRE_FORMATS[dtype].npy)
+    if dtype == "bf16":
+        return torch.from_numpy(values.copy()).view(torch.bfloat16).to(torch.float32)
+    return torch.from_numpy(values.astype(np.float32))
+
+
 def _pack_tensor(tensor: torch.Tensor, form: PackedFormat) -> bytes:
-    if not form.block:
-        patterns: npt.NDArray[np.uint16] = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
-        return bytes(patterns.astype("<u2").tobytes())
+    if form.dtype:
+        return plain_bytes(tensor, form.dtype)
     values = tensor.contiguous().numpy().ravel()
     levels = _LEVELS[form.bits]
     blocks = np.zeros((-(-len(values) // form.block), form.block), np.float32)
@@ -53,8 +66,8 @@ def _pack_tensor(tensor: torch.Tensor, form: PackedFormat) -> bytes:
 
 
 def _unpack_tensor(data: bytes | memoryview, count: int, form: PackedFormat) -> torch.Tensor:
-    if not form.block:
-        return torch.from_numpy(np.frombuffer(data, "<u2").copy()).view(torch.bfloat16).to(torch.float32)
+    if form.dtype:
+        return plain_values(data, form.dtype)
     blocks = -(-count // form.block)
     scales = np.frombuffer(data, "<f4", count=blocks)
     stored = np.frombuffer(data, np.uint8, offset=4 * blocks)

@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from safetensors.torch import load, save_file
 
-from fedtune.budget.count import PACKED_FORMATS, Shapes, serialised_bytes, wire_bytes
+from fedtune.budget.count import CODECS, Shapes, serialised_bytes, wire_bytes
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines
 from fedtune.budget.traffic import sample, up_shapes
 from fedtune.config.schema import FedTuneConfig
@@ -139,12 +139,12 @@ class Rounds:
 
     def _exchange(self, server_round: int, chosen: Sequence[Client], rate: float) -> Iterator[Accepted | Refused]:
         """Send each of the chosen clients what the algorithm says, and yield a verdict on each reply as it arrives."""
-        communication, timeout_s = self.config.communication, self.config.federation.client_timeout_s
+        timeout_s = self.config.federation.client_timeout_s
         outgoing = self.algorithm.outgoing(server_round, self.tensors, chosen)
         messages = self._messages(server_round, outgoing, rate)
         read: dict[int, AdapterTensors] = {}
         expected = [self._expected(server_round, *pair, read) for pair in zip(outgoing, messages, strict=True)]
-        replies_bytes = sum(wire_bytes(each.shapes, communication.up_format) for each in expected)
+        replies_bytes = sum(wire_bytes(each.shapes, self.config.up_format) for each in expected)
         try:
             self.ledger.reserve(sum(map(counted_bytes, messages)) + replies_bytes)
         except CapError as error:
@@ -159,7 +159,7 @@ class Rounds:
         screen = Screen(
             server_round,
             expected,
-            communication.up_format,
+            self.config.up_format,
             self.config.federation.max_examples,
             with_loss=self.config.privacy.mode != "local",
         )
@@ -179,13 +179,13 @@ class Rounds:
     ) -> Expected:
         """Return what a client is to reply; `read` keeps what clients read of their messages, once for those that share it."""
         reference: AdapterTensors = {}
-        if self.config.communication.up_format in PACKED_FORMATS:
+        if self.config.up_format in CODECS:
             # Differences are from what the client has read, which a codec on the way to it has rounded.
             place = id(sent.tensors)
             if place not in read:
                 shapes = {name: tuple(tensor.shape) for name, tensor in sent.tensors.items()}
                 arrays = message.content.array_records[ARRAYS]
-                read[place] = decode(arrays, shapes, self.config.communication.down_format)
+                read[place] = decode(arrays, shapes, self.config.down_format)
             reference = self.algorithm.reference(server_round, read[place])
         return Expected(
             sent.client, up_shapes(self.config, self.shapes, server_round, sent.client.partition), reference
@@ -223,7 +223,7 @@ class Rounds:
 
     def _messages(self, server_round: int, outgoing: Sequence[Outgoing], rate: float) -> list[Message]:
         """Return a message for each client, encoded; clients that are sent the same share one content."""
-        form = self.config.communication.down_format
+        form = self.config.down_format
         arrays: dict[int, ArrayRecord] = {}
         contents: dict[tuple[object, ...], RecordDict] = {}
         messages = []

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 
-from fedtune.budget.count import PACKED_FORMATS, Shapes, serialised_bytes, wire_bytes
+from fedtune.budget.count import CODECS, Shapes, serialised_bytes, wire_bytes
 from fedtune.federation.wire import WireError, decode
 from fedtune.models.adapter import AdapterTensors
 
@@ -129,7 +129,7 @@ class Screen:
         if (self.with_loss or loss is not None) and (not isinstance(loss, int | float) or not math.isfinite(loss)):
             raise WireError(f"train-loss is {loss!r}, not a finite number")
         tensors = decode(arrays, expected.shapes, self.form)
-        if self.form in PACKED_FORMATS:
+        if self.form in CODECS:
             tensors = added(tensors, expected.reference)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():

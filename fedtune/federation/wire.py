@@ -8,7 +8,6 @@ included, with the bytes that an honest sender writes, before anything is decode
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 
@@ -23,7 +22,7 @@ from fedtune.budget.count import (
     packed_shapes,
     packed_wire_format,
 )
-from fedtune.federation.codec import pack, unpack
+from fedtune.federation.codec import pack, plain_bytes, plain_values, unpack
 from fedtune.models.adapter import AdapterTensors
 
 
@@ -69,21 +68,13 @@ def check_names(found: set[str], expected: set[str]) -> None:
 
 def _encode_array(tensor: torch.Tensor, dtype: str) -> Array:
     form = WIRE_FORMATS[dtype]
-    tensor = tensor.detach().to("cpu", torch.float32)
-    if dtype == "bf16":
-        values = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
-    else:
-        values = tensor.contiguous().numpy().astype(form.npy, copy=False)
-    data = npy_header(form.npy, tuple(tensor.shape)) + values.tobytes()
+    values = plain_bytes(tensor.detach().to("cpu", torch.float32), dtype)
+    data = npy_header(form.npy, tuple(tensor.shape)) + values
     return Array(dtype=form.name, shape=tuple(tensor.shape), stype=form.stype, data=data)
 
 
 def _decode_array(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    form = WIRE_FORMATS[dtype]
-    values = np.frombuffer(_checked_bytes(name, array, shape, form), dtype=form.npy).reshape(shape)
-    if dtype == "bf16":
-        return torch.from_numpy(values.copy()).view(torch.bfloat16).to(torch.float32)
-    return torch.from_numpy(values.astype(np.float32))
+    return plain_values(_checked_bytes(name, array, shape, WIRE_FORMATS[dtype]), dtype).reshape(shape)
 
 
 def _checked_bytes(name: str, array: Array, shape: tuple[int, ...], form: WireFormat) -> memoryview:

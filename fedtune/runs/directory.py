@@ -6,6 +6,7 @@ runs/medical-20261121-231500/
 ├── metrics.jsonl              one line per client and round
 ├── ledger.jsonl comm_cost.txt one line per message; the same in the leaderboard's form
 ├── state/round-0007/          what resume needs, with manifest.json holding a sha256 for every other file
+│   or state/superlink.json     where that lies on a SuperLink's machine: the run there, and how much of it has come here
 └── report.html
 """
 
@@ -76,6 +77,22 @@ class RunDirectory:
     def state_folder(self) -> Path:
         """Resume states, one folder a committed round."""
         return self.path / "state"
+
+    @property
+    def superlink_file(self) -> Path:
+        """What is known here of a run whose state lies on a SuperLink's machine."""
+        return self.state_folder / "superlink.json"
+
+    def committed_rounds(self) -> int:
+        """Return the number of committed rounds, without touching the run: it may be running.
+
+        Of a run on a SuperLink those whose results are here.
+        """
+        manifests = self.state_folder.glob("round-[0-9]*/manifest.json")
+        here = max((int(path.parent.name.removeprefix("round-")) for path in manifests), default=0)
+        if not self.superlink_file.is_file():
+            return here
+        return max(here, int(json.loads(self.superlink_file.read_text(encoding="utf-8"))["rounds"]))
 
     def adapter_folder(self, server_round: int) -> Path:
         """The folder of the adapter after `server_round` (from 1)."""

@@ -56,9 +56,8 @@ def client_app(config: FedTuneConfig, shapes: Shapes, faults: Faults) -> ClientA
             raise KilledError
         if fault == "error":
             raise RuntimeError
-        communication = config.communication
         received = down_shapes(config, shapes, server_round, partition, int(orders.get("offset-rank", 0)))  # type: ignore[arg-type]
-        decode(message.content.array_records[ARRAYS], received, communication.down_format)
+        decode(message.content.array_records[ARRAYS], received, config.down_format)
         sent = {name: torch.zeros(shape) for name, shape in up_shapes(config, shapes, server_round, partition).items()}
         chance = random.Random(f"{partition} {server_round}")
         steps = chance.randint(1, config.training.max_steps)
@@ -76,7 +75,7 @@ def client_app(config: FedTuneConfig, shapes: Shapes, faults: Faults) -> ClientA
                 "seconds": chance.random(),
             }
         )
-        reply = encode(sent, communication.up_format)
+        reply = encode(sent, config.up_format)
         return Message(RecordDict({ARRAYS: reply, METRICS: metrics}), reply_to=message)
 
     return app

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from simulated import exchange
 
 from fedtune.budget import count
-from fedtune.budget.count import PACKED_FORMATS, WIRE_FORMATS, serialised_bytes
+from fedtune.budget.count import WIRE_FORMATS, serialised_bytes
 from fedtune.budget.envelope import message_span, reply_span
 from fedtune.budget.fit import WIRE_DTYPES
 from fedtune.budget.ledger import Entry, read_ledger
@@ -35,7 +35,7 @@ NAMED = {typing.get_args(option.model_fields["name"].annotation)[0]: option for 
 STRATEGIES = list(NAMED)
 NEEDED = {name: replies_needed(option(name=name)) for name, option in NAMED.items()}  # type: ignore[arg-type,call-arg]
 CODECS = typing.get_args(Codec)
-FORMATS = [*WIRE_FORMATS, *PACKED_FORMATS]
+FORMATS = [*WIRE_FORMATS, *count.CODECS]
 SMALL = Architecture(base="x", layers=1, hidden=12, heads=2, kv_heads=1, head_dim=6, default_targets=("q_proj",))
 TARGETS = st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj"]), min_size=1).map(sorted)
 
@@ -64,6 +64,19 @@ def test_a_plan_by_hand() -> None:
     assert planned.down_bytes == planned.up_bytes == 3 * 2 * message
     assert planned.total_bytes == 3 * 2 * 2 * message
     assert planned.client_bytes == planned.total_bytes / 5
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bf16", 2), ("fp16", 2)])
+def test_over_a_superlink_all_arrays_travel_as_one(dtype: str, width: int) -> None:
+    """The values of both arrays under one key and one npy header; in each direction that has no codec."""
+    words = {"federation__engine": "superlink", "communication__wire_dtype": dtype, "adapter__rank": 2}
+    config = config_of(**words, communication__uplink_codec="int8")
+    shapes = adapter_shapes(config.model, config.adapter, SMALL)
+    planned = plan(config, shapes)
+    assert (planned.down_format, planned.up_format) == (f"joined-{dtype}", "packed-int8")
+    record = zeros(shapes, planned.down_format)
+    assert planned.message_bytes == record.count_bytes() == len("packed") + 128 + 48 * width
+    assert count.wire_record_bytes(shapes, planned.down_format) == count._array_record_bytes(record)
 
 
 @st.composite
@@ -162,7 +175,7 @@ def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_bounds_of_a_span_are_reached(strategy: str, form: str) -> None:
     """The shortest and the longest message and reply that there can be, built and measured."""
-    packed = form.removeprefix("packed-") if form in PACKED_FORMATS else ""
+    packed = form.removeprefix("packed-") if form in count.CODECS else ""
     config = config_of(
         **({"communication__codec": packed} if packed else {"communication__wire_dtype": form}),
         strategy__name=strategy,

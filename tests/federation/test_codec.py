@@ -25,6 +25,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple
     lambda shapes: {f"t{number}": shape for number, shape in enumerate(shapes)}
 )
 FORMS = st.sampled_from(sorted(PACKED_FORMATS))
+DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS = {"packed-int8": 127, "packed-int4": 7}
 
 
@@ -57,8 +58,8 @@ def test_every_value_is_within_half_a_step(
     assert list(record) == [PACKED]
     read = decode(record, shapes, form)
     for name, tensor in tensors.items():
-        if form == "packed-bf16":
-            assert torch.equal(read[name], tensor.to(torch.bfloat16).float())
+        if dtype := DTYPES.get(PACKED_FORMATS[form].dtype):
+            assert torch.equal(read[name], tensor.to(dtype).float())
             continue
         error = (read[name] - tensor).abs().flatten()
         for start in range(0, error.numel(), PACKED_FORMATS[form].block):
@@ -113,18 +114,19 @@ def test_error_feedback_loses_nothing_over_rounds(codec: str) -> None:
     for number in range(1, 9):
         outcome = {"w": start["w"] + 0.1 * values(shapes, number)["w"]}
         record, kept = _reply(outcome, start, config, shapes, kept)
-        received = added(decode(record, shapes, config.communication.up_format), start)
+        received = added(decode(record, shapes, config.up_format), start)
         sent += received["w"] - start["w"]
         meant += outcome["w"] - start["w"]
         assert torch.allclose(sent + kept[OWED + "w"], meant, atol=1e-5)
     assert kept[OWED + "w"].abs().max() < 0.1
 
 
-def test_without_a_codec_the_adapter_itself_is_sent_and_nothing_owed() -> None:
-    config = load_config().config
+@pytest.mark.parametrize(("engine", "form"), [("in-process", "float32"), ("superlink", "joined-float32")])
+def test_without_a_codec_the_adapter_itself_is_sent_and_nothing_owed(engine: str, form: str) -> None:
+    config = load_config(settings=[f"federation.engine={engine}"]).config
     tensors = values({"w": (3, 2)}, 0)
     record, owed = _reply(tensors, values({"w": (3, 2)}, 1), config, {"w": (3, 2)}, {})
-    assert torch.equal(decode(record, {"w": (3, 2)}, "float32")["w"], tensors["w"])
+    assert torch.equal(decode(record, {"w": (3, 2)}, form)["w"], tensors["w"])
     assert owed == {}
 
 

@@ -24,10 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from fedtune.budget.audit import audit
 from fedtune.cli.app import app
 from fedtune.config.load import load_config
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.errors import CapError, ConfigError, FederationError, FedTuneError, MissingError, Problem, UsageError
+from fedtune.export.card import configuration_table
+from fedtune.export.finished import open_run
 from fedtune.federation.engines import mirror as mirrors
 from fedtune.federation.engines import superlink, superlink_app
 from fedtune.federation.engines.connection import connection_of
@@ -489,7 +492,7 @@ def test_a_real_superlink_without_nodes(lonely_superlink: str, tmp_path: Path) -
     shutil.rmtree(there)
     shutil.copytree(ours.run, there)
     # As after a SuperLink that was started anew without its memory: it does not know the former submission.
-    memory = run.state_folder / "superlink.json"
+    memory = run.superlink_file
     memory.write_text(json.dumps({**json.loads(memory.read_text()), "run_id": 12345}))
 
     events: list[Event] = []
@@ -499,5 +502,11 @@ def test_a_real_superlink_without_nodes(lonely_superlink: str, tmp_path: Path) -
         assert (result.adapter / name).read_bytes() == (ours.adapter / name).read_bytes()
     assert (result.last_loss, result.used_bytes) == (ours.last_loss, ours.used_bytes)
     assert [event.resumed_after for event in events if isinstance(event, RunOpened)] == [0, 1]
-    assert superlink.rounds_done(run) == 1
+    assert superlink.rounds_done(run) == run.committed_rounds() == 1
+    assert audit(run).state == "finished"
+    finished = open_run(str(path))
+    assert finished.is_finished
+    # The challenge's data set is not what the nodes have trained on.
+    assert finished.config.data.source is None
+    assert "data." not in configuration_table(finished).replace("data.reshuffle", "")
     assert not any(isinstance(event, DataReady) and event.table for event in events)  # nobody has told

@@ -34,9 +34,8 @@ def config_of(*settings: str) -> FedTuneConfig:
 
 def rounds_of(run: Path, config: FedTuneConfig, tamper: Tamper | None = None, grid: Grid | None = None) -> Rounds:
     run.mkdir(exist_ok=True)
-    dtype = config.communication.wire_dtype
     return Rounds(
-        grid or InProcessGrid(client_app(tamper, dtype), config.federation.clients, {}),
+        grid or InProcessGrid(client_app(tamper, config.down_format), config.federation.clients, {}),
         config,
         RunDirectory(run),
         initial={name: torch.zeros(shape) for name, shape in SHAPES.items()},
@@ -83,6 +82,18 @@ def test_narrow_wire_halves_the_bytes_and_averages_in_float32(tmp_path: Path, dt
     assert value(rounds) == pytest.approx(sum(w * x for w, x in zip((1, 2, 3), replies, strict=True)) / 6)
     entry = read_ledger(tmp_path / "run" / "ledger.jsonl")[-1]
     assert entry.bytes == adapter_bytes(SHAPES) - 2 * 12  # two bytes less for each of 12 values
+
+
+def test_joined_arrays_give_the_same_bits(tmp_path: Path) -> None:
+    """As over a SuperLink: one array a message, the same adapter."""
+    plain, joined = (
+        rounds_of(tmp_path / engine, config_of(f"federation.engine={engine}")) for engine in ("ray", "superlink")
+    )
+    plain.go()
+    joined.go()
+    assert all(torch.equal(joined.tensors[name], plain.tensors[name]) for name in SHAPES)
+    entry = read_ledger(tmp_path / "superlink" / "ledger.jsonl")[-1]
+    assert entry.bytes == len("packed") + 128 + 4 * 12
 
 
 def test_sampling_depends_on_seed_and_round_alone() -> None:

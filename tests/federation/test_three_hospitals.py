@@ -163,6 +163,7 @@ def test_the_how_to_as_written_while_a_node_dies_and_comes_back(place: Place) ->
     done = place.type(f"set -e\n{place.block('fedtune budget')}")
     assert done.returncode == 0, done.stderr
     assert "peft_4" in done.stdout
+    assert "finished" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_a_killed_client_finds_its_run_again(place: Place, expected: Path) -> No
     submit(place, "killed-client", "killed-client")
     wait_for(lambda: "round 1/3" in place.said("killed-client"))
     place.end("killed-client", signal.SIGKILL)
-    memory = run_in(place.folder / "killed-client").state_folder / "superlink.json"
+    memory = run_in(place.folder / "killed-client").superlink_file
     submission = json.loads(memory.read_text())["run_id"]
     assert same_adapter(resume(place, "killed-client"), expected)
     assert json.loads(memory.read_text())["run_id"] == submission  # followed, not submitted anew

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from uuid import uuid4
 
 import httpx
@@ -57,7 +56,7 @@ class _Forgotten(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Submitted:
-    """What is remembered of a run between two calls, in `state/superlink.json`."""
+    """What is remembered of a run between two calls, in the run's `superlink_file`."""
 
     name: str
     """The run's name on the SuperLink's machine."""
@@ -262,7 +261,7 @@ class _Following:
 
     def _remember(self, **changes: object) -> None:
         self.submitted = replace(self.submitted, **changes)  # type: ignore[arg-type]
-        write_json(_memory_file(self.run), asdict(self.submitted))
+        write_json(self.run.superlink_file, asdict(self.submitted))
 
 
 @contextlib.contextmanager
@@ -276,12 +275,8 @@ def _forgetting() -> Iterator[None]:
         raise
 
 
-def _memory_file(run: RunDirectory) -> Path:
-    return run.state_folder / "superlink.json"
-
-
 def _remembered(run: RunDirectory) -> Submitted:
-    file = _memory_file(run)
+    file = run.superlink_file
     if not file.is_file():
         # Two machines may have runs of one name.
         return Submitted(f"{run.path.resolve().name}-{uuid4().hex[:8]}")
