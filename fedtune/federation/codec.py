@@ -39,7 +39,8 @@ def unpack(data: bytes | memoryview, shapes: Shapes, name: str) -> AdapterTensor
 def plain_bytes(tensor: torch.Tensor, dtype: str) -> bytes:
     """Return a float32 CPU tensor's values in a wire dtype, one after another."""
     values = tensor.to(torch.bfloat16).contiguous().view(torch.uint16) if dtype == "bf16" else tensor.contiguous()
-    return bytes(values.numpy().astype(WIRE_FORMATS[dtype].npy, copy=False).tobytes())
+    with np.errstate(over="ignore"):  # what does not fit fp16 becomes infinite, for the screen to refuse
+        return bytes(values.numpy().astype(WIRE_FORMATS[dtype].npy, copy=False).tobytes())
 
 
 def plain_values(data: bytes | memoryview, dtype: str) -> torch.Tensor:

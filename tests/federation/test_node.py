@@ -427,6 +427,21 @@ def test_what_is_kept_between_rounds_lies_where_the_owner_says(own: NodeSettings
     assert folder.resolve().parent == tmp_path
 
 
+def test_a_node_asks_soon_while_rounds_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's loop waits 3 s whenever it is told that there was nothing; after a message it is not told so for a while."""
+    from fedtune.federation import supernode_child
+
+    monkeypatch.setattr(supernode_child, "_POLL_S", 0.001)
+    found = iter([None, 7, None, None, 7, None, None, None])
+    pull = supernode_child.prompt(lambda **_: next(found, None))
+    assert pull() is None  # nothing has come yet: as often as Flower asks
+    assert pull() == 7
+    assert pull() == 7
+    assert next(found) is None
+    monkeypatch.setattr(supernode_child, "_BUSY_S", 0.0)
+    assert pull() is None
+
+
 # Keys, certificates, addresses
 
 
