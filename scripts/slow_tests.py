@@ -34,6 +34,7 @@ def main() -> None:
 def page(report: ElementTree.ElementTree) -> str:
     """Return the page of a JUnit report in which nothing failed."""
     cases = [case for case in report.iter("testcase") if case.find("skipped") is None]
+    cases.sort(key=lambda case: str(case.get("classname")))
     skipped = [case.get("name") for case in report.iter("testcase") if case.find("skipped") is not None]
     seconds = sum(float(case.get("time", 0)) for case in cases)
     intro = (

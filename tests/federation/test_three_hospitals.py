@@ -151,9 +151,15 @@ def run_in(folder: Path) -> RunDirectory:
 def test_the_how_to_as_written_while_a_node_dies_and_comes_back(place: Place) -> None:
     place.open("train", place.block("fedtune train"))
     wait_for(lambda: "round 1/4" in place.said("train") or place.terminals["train"].poll() is not None)
-    place.end("east", signal.SIGKILL)
-    time.sleep(1)
-    place.start_node("east")
+    # A round takes seconds, a node's start many: north holds the second one up until east is back.
+    place.terminals["north"].send_signal(signal.SIGSTOP)
+    try:
+        place.end("east", signal.SIGKILL)
+        place.wait_for_nodes(2)
+        place.start_node("east")
+        place.wait_for_nodes(3)
+    finally:
+        place.terminals["north"].send_signal(signal.SIGCONT)
     assert place.terminals.pop("train").wait(WAIT_S) == 0, place.said("train")
     run = run_in(place.folder / "runs")
     assert f"{run.path.relative_to(place.folder)}/peft_4" in place.said("train")
