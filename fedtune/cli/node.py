@@ -105,13 +105,13 @@ def _settings(
         flags={"model.base": ("--model", model)} if model is not None else {},
     )
     preset = bool(challenge or recipe or config)
-    if not preset and "model.base" not in resolved.origins and model is None:
+    if not preset and "model.base" not in resolved.named and model is None:
         raise UsageError(
             "No base model is named, and a node loads none that its owner did not name.",
             hint="Name it: --model BASE, or take the coordinator's --challenge, --recipe or --config.",
         )
     chosen, base = resolved.config.data, resolved.config.model.base
-    private = [key for key in resolved.origins if key.startswith("privacy.")]
+    private = sorted(key for key in resolved.named if key.startswith("privacy."))
     if private and resolved.config.privacy.mode == "none" and "privacy.mode" not in private:
         raise UsageError(
             f"{private[0]} asks for no privacy as long as privacy.mode is none.",
@@ -123,8 +123,8 @@ def _settings(
         base=str(folder.absolute()) if folder.is_dir() else base,
         revision=resolved.config.model.revision,
         trust_remote_code=resolved.config.model.trust_remote_code,
-        instruction=chosen.instruction if preset or "data.instruction" in resolved.origins else None,
-        response=chosen.response if preset or "data.response" in resolved.origins else None,
+        instruction=chosen.instruction if preset or "data.instruction" in resolved.named else None,
+        response=chosen.response if preset or "data.response" in resolved.named else None,
         state=str(state.expanduser().absolute()) if state else None,
         max_seconds=max_seconds,
         terms=(*privacy_terms(resolved.config, private), *_limits(at_most or [])),
@@ -133,12 +133,15 @@ def _settings(
 
 def _limits(at_most: list[str]) -> list[Term]:
     """Return the terms of `--at-most`."""
-    from fedtune.config.load import load_config
+    from fedtune.config.facts import table_value, value_at
+    from fedtune.config.load import leaves, load_config, parse_setting
     from fedtune.federation.node import Term
 
-    limits = load_config(settings=at_most)
-    terms = [Term(key, "at most", "") for key in limits.origins]
-    terms = [term._replace(value=term.of(limits.config)) for term in terms]
+    flag = "--at-most"
+    tables = [(f"{flag} {text}", parse_setting(text, flag)) for text in at_most]
+    given = {key: (origin, table_value(table, key)) for origin, table in tables for key in leaves(table)}
+    limits = load_config(flags=given)
+    terms = [Term(key, "at most", value_at(limits.config, key)) for key in given]
     for term in terms:
         if isinstance(term.value, bool) or not isinstance(term.value, int | float):
             raise UsageError(f"--at-most takes numbers, and {term.key} is none.", hint=f"--set {term.key}={term.value}")

@@ -34,6 +34,8 @@ class ResolvedConfig:
     config: FedTuneConfig
     origins: Mapping[str, str] = field(default_factory=dict)
     """Dotted path to origin, for every value that is not a default."""
+    named: frozenset[str] = frozenset()
+    """Every dotted path that some source gives a value to, be it the default's."""
 
 
 def load_config(
@@ -91,11 +93,12 @@ def load_config(
     defaults = FedTuneConfig().model_dump(mode="json")
     dumped = config.model_dump(mode="json")
     changed = {path for path in leaves(dumped) if table_value(dumped, path) != table_value(defaults, path)}
-    return ResolvedConfig(config, {path: origin for path, origin in origins.items() if path in changed})
+    effective = {path: origin for path, origin in origins.items() if path in changed}
+    return ResolvedConfig(config, effective, frozenset(origins))
 
 
-def parse_setting(setting: str) -> Table:
-    """Parse one `--set key.path=value` into a nested table.
+def parse_setting(setting: str, flag: str = "--set") -> Table:
+    """Parse one `--set key.path=value`, or the like of another flag, into a nested table.
 
     Raises:
         UsageError: there is no `=`, or the value is neither TOML nor a bare word.
@@ -103,14 +106,16 @@ def parse_setting(setting: str) -> Table:
     path, equals, text = setting.partition("=")
     path, text = path.strip(), text.strip()
     if not equals or not path or not all(path.split(".")):
-        raise UsageError(f"--set {setting!r} is not of the form key.path=value.", hint="Example: --set adapter.rank=16")
+        raise UsageError(
+            f"{flag} {setting!r} is not of the form key.path=value.", hint=f"Example: {flag} adapter.rank=16"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         if text[:1] in ("[", "{", '"', "'"):
             raise UsageError(
-                f"The value of --set {setting!r} is not valid TOML.",
-                hint="""Quote strings inside lists: --set 'adapter.targets=["q_proj", "v_proj"]'""",
+                f"The value of {flag} {setting!r} is not valid TOML.",
+                hint=f"""Quote strings inside lists: {flag} 'adapter.targets=["q_proj", "v_proj"]'""",
             ) from None
         value = text
     return nested(path, value)

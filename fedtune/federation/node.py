@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import reduce
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from fedtune.config.facts import value_at
 from fedtune.config.schema import BUILTIN_TINY, DataConfig, FedTuneConfig, ModelConfig
 from fedtune.errors import ClientError
 
@@ -33,14 +33,10 @@ class Term(NamedTuple):
 
     def holds(self, config: FedTuneConfig) -> bool:
         """Whether a run's config keeps to it."""
-        value = self.of(config)
+        value = value_at(config, self.key)
         if self.how == "only":
             return bool(value == self.value)
         return bool(value <= self.value if self.how == "at most" else value >= self.value)
-
-    def of(self, config: FedTuneConfig) -> Any:
-        """Return the value of its key in a config."""
-        return reduce(getattr, self.key.split("."), config)
 
     def __str__(self) -> str:
         """Return it in words."""
@@ -64,8 +60,7 @@ def privacy_terms(config: FedTuneConfig, named: Iterable[str]) -> tuple[Term, ..
         return ()
     keys = dict.fromkeys(("privacy.mode", "privacy.epsilon", "privacy.delta"))
     keys |= dict.fromkeys(key for key in named if key.startswith("privacy."))
-    terms = (Term(key, _PRIVACY.get(key, "only"), "") for key in keys)
-    return tuple(term._replace(value=term.of(config)) for term in terms)
+    return tuple(Term(key, _PRIVACY.get(key, "only"), value_at(config, key)) for key in keys)
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,9 @@ def config_on_node(text: str, server_version: str, settings: NodeSettings) -> Fe
         raise ClientError(f"The run's config is none that fedtune {ours} accepts; see {where or 'its JSON'}.") from None
     for term in settings.terms:
         if not term.holds(config):
-            raise ClientError(f"The run's {term.key} is {term.of(config)}; this node takes part with {term}.")
+            raise ClientError(
+                f"The run's {term.key} is {value_at(config, term.key)}; this node takes part with {term}."
+            )
     return config.model_copy(
         update={
             "model": _model(config.model, settings),

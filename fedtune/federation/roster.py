@@ -1,4 +1,4 @@
-"""Which node is which client: every node is asked once; where a client's node is gone, one that has come later may be it.
+"""Which node is which client: nodes are asked as they come; where a client's node is gone, one that has come later may be it.
 
 A node that joins again with its key is the node that it was. Without a key Flower takes it for a new one, with a new id.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
@@ -70,7 +70,8 @@ class Roster:
         while absent := self._absent(online := set(self._grid.get_node_ids()), deadline - time.monotonic()):
             unfit = [said for node, said in self._said.items() if node in online and isinstance(said, str)]
             late = time.monotonic() > deadline
-            awaited = ClientsAwaited(absent, len(self._wanted), "; ".join([*unfit[:1], *self._doubles(online)[:1]]))
+            doubles = [f"two nodes say they are client {partition}" for partition in self._doubles(online)]
+            awaited = ClientsAwaited(absent, len(self._wanted), "; ".join([*unfit[:1], *doubles[:1]]))
             if late or (unfit and len(online) >= len(self._wanted)):
                 when = f" after {self._timeout_s:g} s" if late else ""
                 raise FederationError(
@@ -104,9 +105,11 @@ class Roster:
 
     def _forget_doubtful(self) -> None:
         """Let nodes that cannot be clients, and those that say they are the same one, be asked again."""
-        counts = Counter(said.partition for said in self._said.values() if isinstance(said, Client))
+        doubles = self._doubles(self._said.keys())
         self._said = {
-            node: said for node, said in self._said.items() if isinstance(said, Client) and counts[said.partition] == 1
+            node: said
+            for node, said in self._said.items()
+            if isinstance(said, Client) and said.partition not in doubles
         }
 
     def _ask(self, online: set[int], timeout_s: float) -> None:
@@ -145,9 +148,8 @@ class Roster:
             return f"client {partition} has no rows"
         return Client(node, partition, rows)
 
-    def _doubles(self, online: set[int]) -> list[str]:
-        """Return, in words, which clients more than one node says it is."""
-        partitions = [
-            said.partition for node, said in self._said.items() if node in online and isinstance(said, Client)
-        ]
-        return [f"two nodes say they are client {p}" for p in sorted(set(partitions)) if partitions.count(p) > 1]
+    def _doubles(self, nodes: Collection[int]) -> list[int]:
+        """Return which clients more than one of the nodes says it is."""
+        said = [self._said[node] for node in nodes if node in self._said]
+        counts = Counter(one.partition for one in said if isinstance(one, Client))
+        return sorted(partition for partition, count in counts.items() if count > 1)

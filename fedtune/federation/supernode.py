@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from fedtune.errors import ClientError, FederationError
 from fedtune.federation import client as clientapp
+from fedtune.federation.engines.flower_home import free_port
 from fedtune.federation.node import NODE_KEY, NodeSettings, error_text
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def run_node(
     flags += ["--root-certificates", str(ca)] if ca else []
     flags += ["--auth-supernode-private-key", str(key)] if key else []
     while True:
-        secret, address = secrets.token_bytes(32), f"127.0.0.1:{_free_port()}"
+        secret, address = secrets.token_bytes(32), f"127.0.0.1:{free_port()}"
         with _supernode(flags, address, secret) as child:
             _serve(address, secret, settings, child)
         if child.returncode:
@@ -185,9 +185,3 @@ def _client(address: str, interceptor: ProtobufClientInterceptor) -> RuntimeHttp
     """Return a client for the SuperNode's own door, which is on this machine and without TLS."""
     version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
     return RuntimeHttpClient.from_server_address(address, True, None, [version, interceptor])
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

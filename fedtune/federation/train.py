@@ -97,8 +97,9 @@ def train(
     # Data owners' runs are nobody else's business; who wants Flower's telemetry sets this to 1.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     if config.federation.engine == "superlink":
-        # A data set that a challenge names is not what the nodes' owners have: nothing may claim that it was trained on.
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": None, "revision": None})})
+        from fedtune.federation.engines.superlink import without_data_set
+
+        config = without_data_set(config)
     if resume is not None:
         _check_same(resume, config)
     # Data first: a wrong path or an unreachable hub shows before a run directory is made or a model loaded.

@@ -17,6 +17,7 @@ import tomli_w
 from typer.testing import CliRunner, Result
 
 from fedtune.cli.app import app
+from fedtune.cli.node import _settings
 from fedtune.config.load import load_config
 from fedtune.runs.atomic import read_json_lines
 
@@ -52,15 +53,24 @@ def test_a_dry_run_says_what_was_found_and_starts_nothing(data: Path) -> None:
     assert "without TLS" in done.stderr
 
 
+def test_a_template_that_is_the_defaults_is_the_owners_too(data: Path) -> None:
+    settings = _settings(data, "builtin:tiny", None, None, None, ['data.instruction="{instruction}"'], None, None, None)
+    assert (settings.instruction, settings.response) == ("{instruction}", None)
+
+
 def test_what_an_owner_insists_on_is_said(data: Path) -> None:
-    terms = ["--set", "privacy.mode=local", "--set", "privacy.epsilon=4", "--at-most", "training.batch_size=8"]
+    """Also where it is the default's value: what a run may ask for has none."""
+    terms = ["--set", "privacy.mode=local", "--set", "privacy.epsilon=4", "--set", "privacy.clip=1.0"]
+    terms += ["--at-most", "training.batch_size=16", "--at-most", "adapter.rank=8"]
     done = node("--data", data, "--model", "builtin:tiny", "--insecure", "--challenge", "tiny", *terms)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[3:] == [
         "takes part with privacy.mode only local",
         "takes part with privacy.epsilon at most 4.0",
         "takes part with privacy.delta at most 1e-05",
-        "takes part with training.batch_size at most 8",
+        "takes part with privacy.clip only 1.0",
+        "takes part with training.batch_size at most 16",
+        "takes part with adapter.rank at most 8",
         "nothing was started",
     ]
 
@@ -88,7 +98,18 @@ def test_what_an_owner_insists_on_is_said(data: Path) -> None:
             "no column 'q'",
             "",
         ),
-        (["--model", "builtin:tiny", "--at-most", "training.batch=8"], 2, "did you mean training.batch_size", ""),
+        (
+            ["--model", "builtin:tiny", "--at-most", "training.epochs"],
+            2,
+            "--at-most 'training.epochs' is not",
+            "--at-most",
+        ),
+        (
+            ["--model", "builtin:tiny", "--at-most", "training.batch=8"],
+            2,
+            "did you mean training.batch_size? (from --at-most",
+            "",
+        ),
         (
             ["--model", "builtin:tiny", "--at-most", "privacy.mode=local"],
             2,

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -23,9 +24,6 @@ from fedtune.federation.node import ERRORS_PASS, error_text
 from fedtune.runs.directory import RunDirectory
 
 log = logging.getLogger(__name__)
-
-_CLIENT_RAISED = 2
-"""Flower's error code for an exception in a ClientApp (flwr.common.constant.ErrorCode)."""
 
 _RUN_ID = 1
 _SERVER_NODE = 1
@@ -101,7 +99,7 @@ class InProcessGrid(Grid):
             if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
                 raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
             log.debug("the client on node %d failed", message.metadata.dst_node_id, exc_info=True)
-            reply = Message(Error(_CLIENT_RAISED, error_text(error)), reply_to=message)
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
         # Flower leaves a message's source to the node that sends it.
         reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
         return reply

@@ -38,9 +38,6 @@ LOADING_S = 1800.0
 GRACE_S = 5.0
 """A client that notices itself that its time is over says so in this time; others are killed."""
 
-CLIENT_FAILED = 2
-"""Flower's error code for an exception in a ClientApp (flwr.common.constant.ErrorCode)."""
-
 _STARTING_S = 300.0
 """How long Flower may take until the ServerApp runs."""
 

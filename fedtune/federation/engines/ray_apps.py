@@ -17,13 +17,14 @@ from typing import cast
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation import client, server
 from fedtune.federation.engines import ray_pool  # noqa: F401  # puts its pool in the place of Flower's
-from fedtune.federation.engines.ray import ACTORS, CLIENT_FAILED, EVENTS, HOME, OUTCOME, SERVER, patience_s
+from fedtune.federation.engines.ray import ACTORS, EVENTS, HOME, OUTCOME, SERVER, patience_s
 from fedtune.federation.events import Event, listening
 from fedtune.federation.node import ERRORS_PASS
 from fedtune.federation.workspace import config_json_of, workspace_of
@@ -73,7 +74,7 @@ class LoadingClientApp(ClientApp):
                 raise
             except Exception as error:
                 reason = type(error).__name__
-            return Message(Error(CLIENT_FAILED, reason), reply_to=message)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 client_app = LoadingClientApp()

@@ -12,10 +12,11 @@ from typing import Any
 
 import ray
 from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
-from fedtune.federation.engines.ray import CLIENT_FAILED, GRACE_S, LOADING_S, TIMEOUT
+from fedtune.federation.engines.ray import GRACE_S, LOADING_S, TIMEOUT
 
 App = Any
 """What an actor runs: a ClientApp that has, beside its call, `load(message, context)`."""
@@ -57,7 +58,7 @@ class LastingPool(BasicActorPool):
         ray.kill(actor)
         self._future_to_actor[future] = self.create_actor_fn()  # type: ignore[no-untyped-call]
         self.add_actor_back_to_pool(future)
-        return Message(Error(CLIENT_FAILED, reason), reply_to=message), context
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), context
 
 
 def _loader(app_fn: Callable[[], App]) -> Callable[..., None]:

@@ -81,6 +81,11 @@ def check(config: FederationConfig) -> int:
         return sum(node.status == "online" for node in client.ListNodes(ListNodesRequest()).nodes_info)
 
 
+def without_data_set(config: FedTuneConfig) -> FedTuneConfig:
+    """Return the config without a data set: one that a challenge names is not what the nodes' owners train on."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": None, "revision": None})})
+
+
 def rounds_done(run: RunDirectory) -> int:
     """Return how many rounds' results have come back."""
     return _remembered(run).rounds
@@ -287,8 +292,7 @@ def _remembered(run: RunDirectory) -> Submitted:
 def _without_places(config: FedTuneConfig) -> str:
     """Return the config that travels, as JSON: without what only means something on this machine."""
     federation = config.federation.model_copy(update={"superlink": None, "superlink_ca": None})
-    data = config.data.model_copy(update={"source": None})
-    return config.model_copy(update={"federation": federation, "data": data}).model_dump_json()
+    return without_data_set(config).model_copy(update={"federation": federation}).model_dump_json()
 
 
 def _bundle() -> str:
