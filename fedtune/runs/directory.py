@@ -5,6 +5,7 @@ runs/medical-20261121-231500/
 ├── peft_5/ peft_10/           adapters as PEFT reads them
 ├── metrics.jsonl              one line per client and round
 ├── ledger.jsonl comm_cost.txt one line per message; the same in the leaderboard's form
+├── debug.log                 warnings and tracebacks of server and clients
 ├── state/round-0007/          what resume needs, with manifest.json holding a sha256 for every other file
 │   or state/superlink.json     where that lies on a SuperLink's machine: the run there, and how much of it has come here
 └── report.html
@@ -29,6 +30,7 @@ from fedtune.config.load import load_config, read_table
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
 from fedtune.runs.atomic import remove_leftovers, write_folder, write_json
+from fedtune.runs.log import LOG_NAME
 
 RUNS = Path("runs")
 """Where runs lie unless `--out` says otherwise."""
@@ -72,6 +74,11 @@ class RunDirectory:
     def report_file(self) -> Path:
         """Curves and tables for people."""
         return self.path / "report.html"
+
+    @property
+    def log_file(self) -> Path:
+        """Warnings and tracebacks of server and clients."""
+        return self.path / LOG_NAME
 
     @property
     def state_folder(self) -> Path:

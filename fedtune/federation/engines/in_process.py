@@ -22,6 +22,7 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.node import ERRORS_PASS, error_text
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import reroute_libraries
 
 log = logging.getLogger(__name__)
 
@@ -120,11 +121,10 @@ def run(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:
     """Run a federation in this process; returns when the ServerApp does, raises what it raises."""
     from fedtune.federation import client, server
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # its progress lines would run through ours
     run_config: dict[str, str] = {"fedtune-config": config_json, "run-dir": str(run.path)}
     grid = InProcessGrid(client.app, config.federation.clients, run_config)
     context = Context(
         run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
-    with identity():
+    with identity(), reroute_libraries():  # Flower has been imported by now, and prints lines of progress
         server.app(grid, context)
