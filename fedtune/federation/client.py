@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -29,6 +31,8 @@ from fedtune.federation.strategies.scaffold import Control
 from fedtune.federation.wire import WireError, decode, encode
 from fedtune.federation.workspace import workspace_of_client
 from fedtune.models.adapter import AdaptedModel, AdapterTensors, initial_tensors
+from fedtune.runs.directory import find_flower_run
+from fedtune.runs.log import LOG_NAME, run_log
 from fedtune.training.local import StepReport, train_locally
 
 app = ClientApp()
@@ -53,15 +57,26 @@ def discreet(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
-        try:
-            return handler(message, context)
-        except Exception as error:
-            if {NODE_KEY, ERRORS_PASS} & context.node_config.keys():
-                raise
-            log.debug("the client failed", exc_info=True)
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
+        with _log_of(context):
+            try:
+                return handler(message, context)
+            except Exception as error:
+                if {NODE_KEY, ERRORS_PASS} & context.node_config.keys():
+                    raise
+                log.debug("Client %s failed.", context.node_config.get("partition-id"), exc_info=True)
+                reason = error_text(error)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     return answer
+
+
+def _log_of(context: Context) -> AbstractContextManager[object]:
+    """Return the run's log where the run directory is on this machine; a data owner's node has a log of its own."""
+    if NODE_KEY in context.node_config:
+        return nullcontext()
+    run = str(context.run_config.get("run-dir", ""))
+    folder = Path(run) if run else find_flower_run(context.run_id)
+    return nullcontext() if folder is None else run_log(folder / LOG_NAME)
 
 
 @app.query()

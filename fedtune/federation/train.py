@@ -127,6 +127,7 @@ def _train(
     run = resume or create_run(out, config)
     with run.lock(), listening(place.heard(listener)):
         log.write_to(run.log_file)
+        logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
         if resume is None:
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))
