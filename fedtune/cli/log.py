@@ -29,7 +29,8 @@ class TerminalHandler(logging.Handler):
                 text, trace = f"{text.removesuffix('.')}; the traceback is in {file}", ""
             if not is_ours(record):
                 text = f"{record.name}: {text}"
-            if text not in self._shown or trace:
+            # A node's errors are told as often as they happen, for each belongs to another message.
+            if text not in self._shown or trace or record.levelno >= logging.ERROR:
                 self._shown.add(text)
                 (self._warn if record.levelno >= logging.WARNING else self._note)(text)
                 if trace:

@@ -86,6 +86,10 @@ class RunDirectory:
         """Resume states, one folder a committed round."""
         return self.path / "state"
 
+    def client_state(self, partition: int) -> Path:
+        """The folder of what a client on this machine keeps between rounds."""
+        return self.state_folder / "clients" / str(partition)
+
     @property
     def flower_file(self) -> Path:
         """Flower's id of a run that a plain `flwr run` has started; its clients find the run directory by it."""
