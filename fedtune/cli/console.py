@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import typer
 from rich.console import Console
 
+from fedtune.cli.log import shown_records
 from fedtune.errors import FedTuneError
 
 
@@ -40,7 +41,8 @@ def guarded(command: Command) -> Command:
         # SIGTERM ends a command just as Ctrl-C does: what is committed stays, the rest is dropped.
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            command(*args, **kwargs)
+            with shown_records(warn, note, debug=bool(kwargs.get("debug"))):
+                command(*args, **kwargs)
         except FedTuneError as error:
             if kwargs.get("debug"):
                 stderr.print_exception()

@@ -12,9 +12,9 @@ import datasets
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.prompt import as_text, unknown_column
-from fedtune.data.quiet import quiet
 from fedtune.data.source import load_files, load_rows
 from fedtune.errors import ConfigError, Problem
+from fedtune.runs.log import silence_libraries
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load_partitions(config: FedTuneConfig) -> Partitions:
     if data.partitioner in ("natural", "dirichlet"):
         _check_column(rows, str(data.partition_by), data.partitioner)
     # NaturalIdPartitioner draws its progress bar straight on stderr.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with silence_libraries(), contextlib.redirect_stderr(io.StringIO()):
         partitioner = _partitioner(config)
         partitioner.dataset = rows
         try:

@@ -13,8 +13,8 @@ from fedtune.config.schema import BUILTIN_TINY, DataConfig
 from fedtune.data.files import read_file, read_folder
 from fedtune.data.folder import SUFFIXES
 from fedtune.data.hub import find_copy, load_hub
-from fedtune.data.quiet import quiet
 from fedtune.errors import ConfigError, MissingError, Problem
+from fedtune.runs.log import silence_libraries
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "tiny"
 
@@ -30,7 +30,7 @@ def load_rows(config: DataConfig, seed: int) -> datasets.Dataset:
         MissingError: the file, folder or hub data set is not there or cannot be reached.
         UsageError: a file cannot be read as what its suffix says; names the line.
     """
-    with quiet():
+    with silence_libraries():
         path = local_path(config)
         if path is None:
             rows = load_hub(str(config.source), config.revision, config.split)
@@ -53,7 +53,7 @@ def load_files(config: DataConfig) -> dict[str, datasets.Dataset]:
         raise ConfigError(
             [Problem("data.partitioner", f"files needs a folder with one file a client, which {config.source} is not")]
         )
-    with quiet():
+    with silence_libraries():
         return read_folder(path)
 
 
@@ -65,7 +65,7 @@ def resolved_revision(config: DataConfig) -> str | None:
     """
     if local_path(config) is not None:
         return None
-    with quiet():
+    with silence_libraries():
         return find_copy(str(config.source), config.revision).commit
 
 

@@ -7,7 +7,6 @@ write a letter. The two numbers are never comparable, and a result of this one s
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 
-from fedtune.data.quiet import quiet
 from fedtune.errors import UsageError
 from fedtune.evaluation.benchmarks.base import Row, Selection
 from fedtune.evaluation.benchmarks.files import files_of, read_rows
@@ -41,6 +39,7 @@ from fedtune.evaluation.evaluate import (
 )
 from fedtune.evaluation.scoring import Score, SubsetScore
 from fedtune.evaluation.statistics import wilson
+from fedtune.runs.log import silence_libraries
 
 NOT_COMPARABLE = "log-likelihood, not comparable with the leaderboard"
 
@@ -83,6 +82,7 @@ TASKS = {
 }
 
 
+@silence_libraries()
 def evaluate_with_harness(settings: EvalSettings, listener: Listener | None = None) -> EvalResult:
     """Score every subject on every benchmark with lm-eval, caching off (its cache does not tell adapters apart).
 
@@ -96,7 +96,6 @@ def evaluate_with_harness(settings: EvalSettings, listener: Listener | None = No
             raise UsageError(
                 f"lm-eval has no task for {selection.name}.", hint=f"It has them for {', '.join(sorted(TASKS))}."
             )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     bench = Bench(settings.model)
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +156,7 @@ def _score_one(
 ) -> BenchResult:
     base = bench.put_on(subject)
     began = time.monotonic()
-    with quiet():
+    with silence_libraries():
         model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=_BATCH_SIZE)
         tasks = get_task_dict(list(names.values()), manager)
         found = lm_eval.evaluate(model, tasks, limit=settings.limit, bootstrap_iters=0, log_samples=True)

@@ -30,9 +30,10 @@ from fedtune.export.finished import FinishedRun
 from fedtune.export.folder import TOKENIZER_FILES, about_files, base_files, notes
 from fedtune.export.package import MANIFEST, Exported, Package, make_room, package
 from fedtune.models.adapter import MAGNITUDE, AdapterError, attach_saved
-from fedtune.models.base import Base, check_code, free_memory_bytes, load_base, quiet
+from fedtune.models.base import Base, check_code, free_memory_bytes, load_base
 from fedtune.models.hub import resolve_base
 from fedtune.runs.atomic import write_folder
+from fedtune.runs.log import silence_libraries
 from fedtune.units import format_bytes
 
 SHARD_BYTES = 2 * 10**9
@@ -311,7 +312,7 @@ def _on_meta(finished: FinishedRun, folder: Path) -> Any:
     """Return PEFT's model around a base without memory for its weights: which layers it adapts, how, and what is tied."""
     config = finished.config.model
     check_code(config, folder)
-    with quiet(), torch.device("meta"):
+    with silence_libraries(), torch.device("meta"):
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
         if getattr(shape, "quantization_config", None) is not None:
             raise MissingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -19,12 +20,16 @@ from fedtune.data.order import share_seen
 from fedtune.data.source import resolved_revision
 from fedtune.data.tokenize import check_skipped
 from fedtune.errors import MissingError, Problem, UsageError
+from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
 from fedtune.federation.events import DataReady, Event, Listener, RunOpened, listening, tell
 from fedtune.federation.workspace import workspace_of
 from fedtune.models.hub import resolve_base
 from fedtune.runs.atomic import read_json_lines, write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
+from fedtune.runs.log import RunLog, run_log
 from fedtune.runs.report import write_report
+
+logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = (
     "checkpoint.save_every",
@@ -93,6 +98,22 @@ def train(
         FederationError: too few usable replies in a round.
         CapError: the communication cap would be passed.
     """
+    with run_log() as log:
+        try:
+            return _train(config, out, resume, origins or {}, listener, log)
+        except Exception:
+            logger.debug("The run ended with an error.", exc_info=True)
+            raise
+
+
+def _train(
+    config: FedTuneConfig,
+    out: Path,
+    resume: RunDirectory | None,
+    origins: Mapping[str, str],
+    listener: Listener | None,
+    log: RunLog,
+) -> TrainResult:
     started = time.monotonic()
     # Data owners' runs are nobody else's business; who wants Flower's telemetry sets this to 1.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -106,11 +127,15 @@ def train(
     place = _Elsewhere(config) if config.federation.engine == "superlink" else _Here(config)
     run = resume or create_run(out, config)
     with run.lock(), listening(place.heard(listener)):
+        log.write_to(run.log_file)
+        logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
+        if config.privacy.mode == "local" and config.federation.engine != "superlink":
+            _check_accounts(run, config.federation.clients, new=resume is None)
         if resume is None:
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))
         place.tell_data()
-        _write_about(run, config, origins or {}, place.device)
+        _write_about(run, config, origins, place.device)
         try:
             _run_engine(place.config, run)
         finally:
@@ -225,6 +250,20 @@ def _check_same(run: RunDirectory, config: FedTuneConfig) -> None:
             f"The run {run.path} cannot go on with another config:\n{lines}",
             hint=f"Leave these out (fedtune train --resume {run.path}), or start a new run.",
         )
+
+
+def _check_accounts(run: RunDirectory, clients: int, *, new: bool) -> None:
+    """Make the clients' privacy accounts of a new run; those of a resumed one are there, or the run cannot go on.
+
+    Raises:
+        MissingError: an account is gone or damaged.
+    """
+    for partition in range(clients):
+        book = AccountBook(run.client_state(partition))
+        if new:
+            book.open()
+        else:
+            book.account(ACCOUNT_OF_RUN)
 
 
 def _write_about(run: RunDirectory, config: FedTuneConfig, origins: Mapping[str, str], device: str) -> None:

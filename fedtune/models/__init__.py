@@ -2,6 +2,13 @@
 
 import logging
 
-# bitsandbytes advises an optional package when it is imported, and tells of its int8 casts in every pass.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+_ADVICE = ("Failed to load CPU gemm_4bit_forward from kernels-community", "MatMul8bitLt: inputs will be cast")
+"""bitsandbytes advises an optional package when it is imported, and tells of its int8 casts in every pass of every layer."""
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_ADVICE)
+
+
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).addFilter(_is_no_advice)

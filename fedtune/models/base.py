@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +13,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base
+from fedtune.runs.log import silence_libraries
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def load_base(config: ModelConfig) -> Base:
     dtype = compute_dtype(config, device)
     tokenizer = _tokenizer(config, resolved.folder)
     try:
-        with quiet():
+        with silence_libraries():
             model = AutoModelForCausalLM.from_pretrained(
                 resolved.folder,
                 dtype=dtype,
@@ -112,20 +110,6 @@ def free_memory_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off stderr while it loads something."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if config.quantization == "none":
         return None
@@ -136,7 +120,7 @@ def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig
 
 def _tokenizer(config: ModelConfig, folder: Path) -> Any:
     try:
-        with quiet():
+        with silence_libraries():
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=config.trust_remote_code, local_files_only=True
             )

@@ -75,12 +75,13 @@ def _meta_shapes(model: ModelConfig, adapter: AdapterConfig) -> Shapes:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fedtune.models.adapter import peft_model, saved_parameters
-    from fedtune.models.base import check_code, quiet
+    from fedtune.models.base import check_code
     from fedtune.models.hub import resolve_base
+    from fedtune.runs.log import silence_libraries
 
     folder = resolve_base(model, only_config=True).folder
     check_code(model, folder)
-    with quiet(), torch.device("meta"):
+    with silence_libraries(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
         try:
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)

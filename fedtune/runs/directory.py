@@ -5,6 +5,7 @@ runs/medical-20261121-231500/
 ├── peft_5/ peft_10/           adapters as PEFT reads them
 ├── metrics.jsonl              one line per client and round
 ├── ledger.jsonl comm_cost.txt one line per message; the same in the leaderboard's form
+├── debug.log                 warnings and tracebacks of server and clients
 ├── state/round-0007/          what resume needs, with manifest.json holding a sha256 for every other file
 │   or state/superlink.json     where that lies on a SuperLink's machine: the run there, and how much of it has come here
 └── report.html
@@ -12,6 +13,7 @@ runs/medical-20261121-231500/
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -29,6 +31,7 @@ from fedtune.config.load import load_config, read_table
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
 from fedtune.runs.atomic import remove_leftovers, write_folder, write_json
+from fedtune.runs.log import LOG_NAME
 
 RUNS = Path("runs")
 """Where runs lie unless `--out` says otherwise."""
@@ -74,9 +77,23 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
+    def log_file(self) -> Path:
+        """Warnings and tracebacks of server and clients."""
+        return self.path / LOG_NAME
+
+    @property
     def state_folder(self) -> Path:
         """Resume states, one folder a committed round."""
         return self.path / "state"
+
+    def client_state(self, partition: int) -> Path:
+        """The folder of what a client on this machine keeps between rounds."""
+        return self.state_folder / "clients" / str(partition)
+
+    @property
+    def flower_file(self) -> Path:
+        """Flower's id of a run that a plain `flwr run` has started; its clients find the run directory by it."""
+        return self.state_folder / "flower.json"
 
     @property
     def superlink_file(self) -> Path:
@@ -190,6 +207,15 @@ def all_runs(root: Path = RUNS) -> list[RunDirectory]:
     """Return the runs under `root`, the latest last."""
     folders = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
     return [RunDirectory(path) for path in sorted(folders, key=lambda path: (path / "config.json").stat().st_mtime_ns)]
+
+
+def find_flower_run(run_id: int, root: Path = RUNS) -> Path | None:
+    """Return the run directory that a plain `flwr run` with this id has made under `root`, None where there is none."""
+    for file in root.glob("*/state/flower.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(file.read_text(encoding="utf-8")) == {"run_id": run_id}:
+                return file.parents[1]
+    return None
 
 
 def find_run(name: str | None, root: Path = RUNS) -> RunDirectory:

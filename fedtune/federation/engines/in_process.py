@@ -22,6 +22,7 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.node import ERRORS_PASS, error_text
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import reroute_libraries
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class InProcessGrid(Grid):
         except Exception as error:
             if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
                 raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
-            log.debug("the client on node %d failed", message.metadata.dst_node_id, exc_info=True)
+            log.debug("Client %s failed.", context.node_config["partition-id"], exc_info=True)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
         # Flower leaves a message's source to the node that sends it.
         reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
@@ -120,11 +121,10 @@ def run(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:
     """Run a federation in this process; returns when the ServerApp does, raises what it raises."""
     from fedtune.federation import client, server
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # its progress lines would run through ours
     run_config: dict[str, str] = {"fedtune-config": config_json, "run-dir": str(run.path)}
     grid = InProcessGrid(client.app, config.federation.clients, run_config)
     context = Context(
         run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
-    with identity():
+    with identity(), reroute_libraries():  # Flower has been imported by now, and prints lines of progress
         server.app(grid, context)
