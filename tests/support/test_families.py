@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.families import FAMILIES, NOT_BUILT, NOT_CAUSAL, QUICK, build
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.families import FAMILIES, NOT_BUILT, NOT_CAUSAL, QUICK, build
 
 
 def test_every_type_of_causal_model_is_built_or_named() -> None:
