@@ -165,13 +165,14 @@ def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | 
         warn("without TLS anybody between here and the SuperLink can read and change the adapter")
 
     from fedtune.data.files import read_file
-    from fedtune.data.prompt import fill
+    from fedtune.data.prompt import fields_of, fill
 
     data = Path(settings.data)
     if not data.is_file():
         what = "a folder, and a node has one file" if data.is_dir() else "not there"
         raise MissingError(f"The data file {data} is {what}.", hint="Check the path given by --data.")
-    table = read_file(data)
+    # Which columns a run's own templates need is not known yet; those of the owner's are.
+    table = read_file(data, [*fields_of(settings.instruction or ""), *fields_of(settings.response or "")])
     for path, template in (("data.instruction", settings.instruction), ("data.response", settings.response)):
         try:
             fill(template or "", table[0], path)

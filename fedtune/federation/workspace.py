@@ -14,6 +14,7 @@ from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.files import read_file
 from fedtune.data.partition import Partitions, load_partitions
+from fedtune.data.source import needed_columns
 from fedtune.data.tokenize import TokenizedRows, tokenize_rows
 from fedtune.errors import ClientError, ConfigError
 from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
@@ -82,7 +83,7 @@ class NodeWorkspace(Workspace):
         return rows
 
     def _table(self, partition: int) -> datasets.Dataset:  # noqa: ARG002
-        return read_file(Path(str(self.config.data.source)))
+        return read_file(Path(str(self.config.data.source)), needed_columns(self.config.data))
 
 
 def workspace_of_client(context: Context) -> Workspace:
