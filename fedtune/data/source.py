@@ -75,7 +75,10 @@ def _with_texts(rows: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
         if name not in columns or rows.features[name] in (datasets.Value("string"), datasets.Value("large_string")):
             continue
         texts = column_texts(
-            table[:][name], name, lambda row: f"The data set {config.source}, split {config.split}, row {row + 1}", strict=True
+            table[:][name],
+            name,
+            lambda row: f"The data set {config.source}, split {config.split}, row {row + 1}",
+            strict=True,
         )
         rows = rows.remove_columns(name).add_column(name, texts, feature=datasets.Value("string"))
     return rows.select_columns(columns)

@@ -85,9 +85,7 @@ def texts(values: Iterable[Any], place: Callable[[int], str], *, strict: bool = 
     return found
 
 
-def arrow_texts(
-    column: pyarrow.ChunkedArray, place: Callable[[int], str], *, strict: bool = True
-) -> list[str | None]:
+def arrow_texts(column: pyarrow.ChunkedArray, place: Callable[[int], str], *, strict: bool = True) -> list[str | None]:
     """Return an Arrow column's values as texts; see `texts`."""
     if types.is_string(column.type) or types.is_large_string(column.type):
         try:
@@ -181,7 +179,9 @@ def _json(value: Any) -> str:
             if name is None or name in members:
                 raise ValueRefusedError(f"a map with {'a missing key' if name is None else f'two keys {name!r}'}")
             members[name] = _json(item)
-        return "{" + ", ".join(f"{json.dumps(name, ensure_ascii=False)}: {item}" for name, item in members.items()) + "}"
+        return (
+            "{" + ", ".join(f"{json.dumps(name, ensure_ascii=False)}: {item}" for name, item in members.items()) + "}"
+        )
     if isinstance(value, list | tuple | np.ndarray):
         return "[" + ", ".join(_json(item) for item in value) + "]"
     text = str(_single(value))
@@ -204,7 +204,7 @@ def _iso_duration(nanoseconds: int) -> str:
 
 
 def _from_arrow(scalar: pyarrow.Scalar) -> Any:
-    """Return an Arrow value as a Python value that has the same text; `as_py` alone loses the width of floats, and nanoseconds."""
+    """Return an Arrow value as a Python value with its text; `as_py` alone loses nanoseconds and the width of floats."""
     kind = scalar.type
     if not scalar.is_valid:
         return None

@@ -20,6 +20,7 @@ from fedtune.errors import ClientError, ConfigError
 from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.base import Base, load_base, load_tokenizer
+from fedtune.runs.inputs import Inputs
 
 if TYPE_CHECKING:
     import datasets
@@ -32,6 +33,8 @@ class Workspace:
     def __init__(self, config: FedTuneConfig) -> None:
         self.config = config
         self._rows: dict[int, TokenizedRows] = {}
+        self.inputs: Inputs | None = None
+        """The local files as they were when this was made, where that is known."""
 
     @cached_property
     def base(self) -> Base:

@@ -117,7 +117,7 @@ def test_values_without_a_text_are_refused(value: object, said: str) -> None:
         (pyarrow.time32("s"), 60, "00:01:00"),
         (pyarrow.duration("s"), -90061, "-P1DT1H1M1S"),
         (pyarrow.list_(pyarrow.float32()), [0.1, None, NAN], "[0.1, null, null]"),
-        (pyarrow.struct([("a", pyarrow.binary()), ("b", pyarrow.date32())]), {"a": b"x", "b": DAY}, '{"a": "x", "b": "2026-11-25"}'),
+        (pyarrow.struct([("a", pyarrow.binary()), ("b", pyarrow.bool_())]), {"a": b"x", "b": True}, '{"a": "x", "b": true}'),
         (pyarrow.map_(pyarrow.int32(), pyarrow.float32()), [(1, 0.1)], '{"1": 0.1}'),
     ],
 )  # fmt: skip
@@ -176,7 +176,7 @@ def test_the_same_rule_holds_for_a_data_set_from_the_hub(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("written", "text"),
-    [("1.50", "1.5"), ("1e400", "1e400"), ("0.10000000000000001", "0.1"), ("12345678901234567890.125", "12345678901234567890.125"),
+    [("1.50", "1.5"), ("1e400", "1e400"), ("0.10000000000000001", "0.1"), ("1234567890123456789.5", "1234567890123456789.5"),
      ("1E-400", "1E-400"), ("-0.0", "-0.0"), ("1e22", "1e+22")],
 )  # fmt: skip
 def test_a_json_number_loses_no_digit(written: str, text: str, tmp_path: Path) -> None:
@@ -261,8 +261,8 @@ COLUMNS = {
     pyarrow.time64("us"): st.times(),
     pyarrow.decimal128(20, 4): st.decimals(-(10**9), 10**9, places=4),
     pyarrow.list_(pyarrow.float64()): st.lists(st.floats(allow_infinity=False), max_size=3),
-    pyarrow.struct([("a", pyarrow.string()), ("b", pyarrow.int32())]): st.fixed_dictionaries(
-        {"a": st.one_of(st.none(), TEXT), "b": st.integers(-9, 9)}
+    pyarrow.struct([("a", pyarrow.string()), ("b", pyarrow.int32())]): st.builds(
+        lambda a, b: {"a": a, "b": b}, st.one_of(st.none(), TEXT), st.integers(-9, 9)
     ),
 }
 
@@ -289,13 +289,15 @@ def as_csv(value: Any) -> str:
     return str(value)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=40)
 @given(st.data())
 def test_the_same_rows_in_every_format_give_the_same_tokens(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     kinds = [data.draw(st.sampled_from(list(COLUMNS)), label=name) for name in ("instruction", "output")]
-    rows = data.draw(st.lists(st.tuples(*(st.one_of(st.none(), COLUMNS[kind]) for kind in kinds)), min_size=1, max_size=4))
+    rows = data.draw(
+        st.lists(st.tuples(*(st.one_of(st.none(), COLUMNS[kind]) for kind in kinds)), min_size=1, max_size=4)
+    )
     names = ("instruction", "output")
     folder = tmp_path_factory.mktemp("formats")
     columns = {name: pyarrow.array([row[place] for row in rows], kinds[place]) for place, name in enumerate(names)}
