@@ -21,20 +21,32 @@ def node(
         str, typer.Option("--superlink", metavar="HOST:PORT", help="Where the coordinator's SuperLink listens.")
     ],
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Your data: a JSONL, JSON, CSV or Parquet file.")
+        Path,
+        typer.Option(
+            "--data", parser=options.path, metavar="FILE", help="Your data: a JSONL, JSON, CSV or Parquet file."
+        ),
     ],
     partition: Annotated[
         int, typer.Option("--partition", metavar="N", min=0, help="Your number in the federation, from 0.")
     ],
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="BASE", help="The base model: a hub id, a folder or builtin:tiny."),
+        typer.Option(
+            "--model",
+            parser=options.path_or_name,
+            metavar="BASE",
+            help="The base model: a hub id, a folder or builtin:tiny.",
+        ),
     ] = None,
     ca: Annotated[
-        Path | None, typer.Option("--ca", metavar="FILE", help="The certificate that signed the SuperLink's.")
+        Path | None,
+        typer.Option("--ca", parser=options.path, metavar="FILE", help="The certificate that signed the SuperLink's."),
     ] = None,
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="The private key that the coordinator knows you by.")
+        Path | None,
+        typer.Option(
+            "--key", parser=options.path, metavar="FILE", help="The private key that the coordinator knows you by."
+        ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Speak without TLS; for trials on one machine.")] = False,
     challenge: options.Challenge = None,
@@ -54,7 +66,12 @@ def node(
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option("--state", metavar="DIR", help="Keep here what an algorithm carries on from round to round."),
+        typer.Option(
+            "--state",
+            parser=options.path,
+            metavar="DIR",
+            help="Keep here what an algorithm carries on from round to round.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what was found, and stop.")] = False,
     debug: options.Debug = False,

@@ -187,7 +187,7 @@ def _raise(outcome: dict[str, str], log: Path) -> None:
     if outcome["error"]:
         with log.open("a", encoding="utf-8") as file:
             file.write(outcome["traceback"])
-        text = f"This is a fault of fedtune's, in a process of Flower's: {outcome['error']}: {outcome['message']}"
+        text = f"internal error in a process of Flower's: {outcome['error']}: {outcome['message']}"
         raise FedTuneError(text, hint=f"Its traceback is in {log}.")
 
 
