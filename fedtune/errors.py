@@ -1,6 +1,6 @@
 """Every error that a user may meet, with the exit code it ends the command with.
 
-FedTuneError                 1   a fault of ours
+FedTuneError                 1   an internal error
 ├── UsageError               2   the command line or the config is wrong
 │   └── ConfigError          2   one or more config values, each with its dotted path
 ├── MissingError             3   something is not there: network, token, data, device, adapter

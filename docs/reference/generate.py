@@ -33,7 +33,7 @@ def cli_page() -> str:
     lines += [
         "## Exit codes\n",
         "| code | meaning |\n|---|---|",
-        "| 0 | done |\n| 1 | a fault of fedtune's |\n| 2 | config or usage |",
+        "| 0 | done |\n| 1 | an internal error |\n| 2 | config or usage |",
         "| 3 | something is missing: network, token, data, device |\n| 4 | the federation failed |",
         "| 5 | the communication cap would be passed |\n| 130 | interrupted |\n",
     ]

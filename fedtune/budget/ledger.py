@@ -15,7 +15,7 @@ from typing import Literal
 
 from fedtune.config.facts import LEADERBOARD_CAP_MIB
 from fedtune.errors import CapError, UsageError
-from fedtune.runs.atomic import read_json_lines, write_text
+from fedtune.runs.atomic import drop_torn_line, read_json_lines, write_text
 from fedtune.runs.directory import append_line
 from fedtune.units import to_mib
 
@@ -49,6 +49,7 @@ class Ledger:
         """Open the ledger at `path`, with what is already in it, under a cap in MiB of the leaderboard's count."""
         self.path = path
         self.cap_mib = cap_mib
+        drop_torn_line(path)
         self.entries = read_ledger(path)
         self.used_bytes = sum(entry.bytes for entry in self.entries)
 

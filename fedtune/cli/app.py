@@ -10,6 +10,8 @@ import typer
 
 from fedtune.cli import budget, export, node, train
 from fedtune.cli import eval as evaluation
+from fedtune.cli.console import report
+from fedtune.cli.streams import prepare_streams
 
 app = typer.Typer(
     name="fedtune",
@@ -48,7 +50,17 @@ def main() -> None:
     # torch's CPU threads wait for each other by spinning; on a machine that others use as well, that takes the time of the
     # very thread that is waited for. To be said before torch is imported; the user's own setting stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app(args=with_optional_values(sys.argv[1:]))
+    prepare_streams()
+    try:
+        try:
+            app(args=with_optional_values(sys.argv[1:]))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough
+        sys.exit(1)
+    except OSError as error:  # of --help and of what is written at the end; commands end their own errors
+        report(error)
+        sys.exit(3)
 
 
 def with_optional_values(words: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ def budget(
     run: Annotated[
         str | None,
         typer.Argument(
+            parser=options.path_or_name,
             metavar="[RUN]",
             help="What was sent: a run (a path, a name, or latest), or a comm_cost.txt. Without it: what would be sent.",
         ),
@@ -57,7 +58,9 @@ def budget(
     ] = None,
     readme: Annotated[
         Path | None,
-        typer.Option("--readme", metavar="FILE", help="Whether the figure that a README gives matches."),
+        typer.Option(
+            "--readme", parser=options.path, metavar="FILE", help="Whether the figure that a README gives matches."
+        ),
     ] = None,
     figure: Annotated[
         str | None,

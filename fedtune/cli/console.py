@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
@@ -16,12 +17,13 @@ import typer
 from rich.console import Console
 
 from fedtune.cli.log import shown_records
-from fedtune.errors import FedTuneError
+from fedtune.errors import FedTuneError, MissingError
+from fedtune.runs.atomic import os_error_in
 
 
-def _console(stream: TextIO, *, to_stderr: bool) -> Console:
+def _console(stream: TextIO | None, *, to_stderr: bool) -> Console:
     # In a file or a pipe nobody's window is narrow.
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 120
+    width = None if (stream is not None and stream.isatty()) or "COLUMNS" in os.environ else 120
     return Console(stderr=to_stderr, width=width)
 
 
@@ -43,6 +45,7 @@ def guarded(command: Command) -> Command:
         try:
             with shown_records(warn, note, debug=bool(kwargs.get("debug"))):
                 command(*args, **kwargs)
+            sys.stdout.flush()  # a full disk behind `>` shows here
         except FedTuneError as error:
             if kwargs.get("debug"):
                 stderr.print_exception()
@@ -56,9 +59,10 @@ def guarded(command: Command) -> Command:
         except Exception as error:
             if kwargs.get("debug"):
                 stderr.print_exception()
-            name = type(error).__name__
+            if (trouble := os_error_in(error)) is not None:
+                fail(sentence_of(trouble), "", MissingError.exit_code)
             hint = "" if kwargs.get("debug") else "Run the same command with --debug to see where."
-            fail(f"This is a fault of fedtune's: {name}: {error}", hint, FedTuneError.exit_code)
+            fail(f"internal error: {type(error).__name__}: {error}", hint, FedTuneError.exit_code)
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -67,6 +71,34 @@ def guarded(command: Command) -> Command:
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def sentence_of(error: OSError) -> str:
+    """Return what the operating system says, with the file that it is about: `no space left on device: runs/…`."""
+    reason = error.strerror or os.strerror(error.errno or 0)
+    reason = reason[:1].lower() + reason[1:]
+    return f"{reason}: {error.filename}." if error.filename is not None else f"{reason}."
+
+
+def report(error: OSError) -> None:
+    """Say what is wrong outside of a command, on stderr."""
+    stderr.print(f"[bold red]error:[/] {_plain(sentence_of(error))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def resumable(hint: Callable[[], str]) -> Iterator[None]:
+    """Say how to go on where the block ends with the disk full, read-only or failing.
+
+    Raises:
+        MissingError: in place of such an error; its hint is what `hint` returns.
+    """
+    try:
+        yield
+    except Exception as error:
+        trouble = os_error_in(error)
+        if trouble is None or not (text := hint()):
+            raise
+        raise MissingError(sentence_of(trouble), hint=text) from error
 
 
 def fail(message: str, hint: str, exit_code: int) -> NoReturn:

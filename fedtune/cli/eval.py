@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli import options
-from fedtune.cli.console import guarded, note, print_json, stdout, warn
+from fedtune.cli.console import guarded, note, print_json, resumable, stdout, warn
 
 if TYPE_CHECKING:
     from fedtune.evaluation.evaluate import BenchResult, EvalResult
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @guarded
 def evaluate(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files for --rescore.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(parser=options.path, metavar="[FILE]...", help="More files for --rescore.")
+    ] = None,
     bench: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,12 +28,21 @@ def evaluate(
     peft: Annotated[
         list[str] | None,
         typer.Option(
-            "--peft", metavar="ADAPTER", help="A path, a hub id, or an adapter of the latest run; may be repeated."
+            "--peft",
+            parser=options.path_or_name,
+            metavar="ADAPTER",
+            help="A path, a hub id, or an adapter of the latest run; may be repeated.",
         ),
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Also score the base model without adapter.")] = False,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="The base model; the adapter's own unless given.")
+        str | None,
+        typer.Option(
+            "--model",
+            parser=options.path_or_name,
+            metavar="MODEL",
+            help="The base model; the adapter's own unless given.",
+        ),
     ] = None,
     quantization: Annotated[
         str | None,
@@ -40,7 +51,8 @@ def evaluate(
         ),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", metavar="DIR", help="A folder with the benchmarks' questions.")
+        Path | None,
+        typer.Option("--data-dir", parser=options.path, metavar="DIR", help="A folder with the benchmarks' questions."),
     ] = None,
     protocol: Annotated[
         str,
@@ -70,15 +82,31 @@ def evaluate(
     ] = 0,
     rescore: Annotated[
         list[Path] | None,
-        typer.Option("--rescore", metavar="FILE", help="Score existing generations, without a model; may be repeated."),
+        typer.Option(
+            "--rescore",
+            parser=options.path,
+            metavar="FILE",
+            help="Score existing generations, without a model; may be repeated.",
+        ),
     ] = None,
     runs: Annotated[
         Path,
-        typer.Option("--runs", metavar="DIR", show_default=False, help="The folder that holds the run directories."),
+        typer.Option(
+            "--runs",
+            parser=options.path,
+            metavar="DIR",
+            show_default=False,
+            help="The folder that holds the run directories.",
+        ),
     ] = Path("runs"),
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where results go; the run's benchmarks folder unless given."),
+        typer.Option(
+            "--out",
+            parser=options.path,
+            metavar="DIR",
+            help="Where results go; the run's benchmarks folder unless given.",
+        ),
     ] = None,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -139,7 +167,10 @@ def evaluate(
         note("There is no CUDA device: everything runs on the CPU, in float32.")
     progress = EvalProgress(quiet=json)
     try:
-        with progress.shown():
+        with (
+            resumable(lambda: "What was answered is kept: when there is space, the same command goes on."),
+            progress.shown(),
+        ):
             result = score(settings, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("What was answered is kept: the same command goes on.") from None

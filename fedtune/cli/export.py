@@ -37,6 +37,7 @@ def export(
     run: Annotated[
         str | None,
         typer.Argument(
+            parser=options.path_or_name,
             metavar="[RUN]",
             help="A run (a path, a name, or latest) or one of its adapters; the latest run unless given.",
         ),
@@ -48,16 +49,31 @@ def export(
         ),
     ] = "folder",
     peft: Annotated[
-        str | None, typer.Option("--peft", metavar="NAME", help="The run's adapter, peft_10; the last unless given.")
+        str | None,
+        typer.Option(
+            "--peft",
+            parser=options.path_or_name,
+            metavar="NAME",
+            help="The run's adapter, peft_10; the last unless given.",
+        ),
     ] = None,
     runs: Annotated[
         Path,
-        typer.Option("--runs", metavar="DIR", show_default=False, help="The folder that holds the run directories."),
+        typer.Option(
+            "--runs",
+            parser=options.path,
+            metavar="DIR",
+            show_default=False,
+            help="The folder that holds the run directories.",
+        ),
     ] = Path("runs"),
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="The folder to write; one in exports, named after the run, unless given."
+            "--out",
+            parser=options.path,
+            metavar="DIR",
+            help="The folder to write; one in exports, named after the run, unless given.",
         ),
     ] = None,
     tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Add the base's tokenizer files.")] = False,
@@ -86,7 +102,10 @@ def export(
     check: Annotated[
         Path | None,
         typer.Option(
-            "--check", metavar="PATH", help="Check a submission, fedtune's or anyone's, instead of making one."
+            "--check",
+            parser=options.path,
+            metavar="PATH",
+            help="Check a submission, fedtune's or anyone's, instead of making one.",
         ),
     ] = None,
     json: options.Json = False,

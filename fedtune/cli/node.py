@@ -21,20 +21,32 @@ def node(
         str, typer.Option("--superlink", metavar="HOST:PORT", help="Where the coordinator's SuperLink listens.")
     ],
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Your data: a JSONL, JSON, CSV or Parquet file.")
+        Path,
+        typer.Option(
+            "--data", parser=options.path, metavar="FILE", help="Your data: a JSONL, JSON, CSV or Parquet file."
+        ),
     ],
     partition: Annotated[
         int, typer.Option("--partition", metavar="N", min=0, help="Your number in the federation, from 0.")
     ],
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="BASE", help="The base model: a hub id, a folder or builtin:tiny."),
+        typer.Option(
+            "--model",
+            parser=options.path_or_name,
+            metavar="BASE",
+            help="The base model: a hub id, a folder or builtin:tiny.",
+        ),
     ] = None,
     ca: Annotated[
-        Path | None, typer.Option("--ca", metavar="FILE", help="The certificate that signed the SuperLink's.")
+        Path | None,
+        typer.Option("--ca", parser=options.path, metavar="FILE", help="The certificate that signed the SuperLink's."),
     ] = None,
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="The private key that the coordinator knows you by.")
+        Path | None,
+        typer.Option(
+            "--key", parser=options.path, metavar="FILE", help="The private key that the coordinator knows you by."
+        ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Speak without TLS; for trials on one machine.")] = False,
     challenge: options.Challenge = None,
@@ -56,6 +68,7 @@ def node(
         Path | None,
         typer.Option(
             "--state",
+            parser=options.path,
             metavar="DIR",
             help="A folder for your privacy account, the node's log, and what is carried on from round to round; "
             "local privacy needs it.",
@@ -175,13 +188,14 @@ def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | 
         warn("without TLS anybody between here and the SuperLink can read and change the adapter")
 
     from fedtune.data.files import read_file
-    from fedtune.data.prompt import fill
+    from fedtune.data.prompt import fields_of, fill
 
     data = Path(settings.data)
     if not data.is_file():
         what = "a folder, and a node has one file" if data.is_dir() else "not there"
         raise MissingError(f"The data file {data} is {what}.", hint="Check the path given by --data.")
-    table = read_file(data)
+    # Which columns a run's own templates need is not known yet; those of the owner's are.
+    table = read_file(data, [*fields_of(settings.instruction or ""), *fields_of(settings.response or "")])
     for path, template in (("data.instruction", settings.instruction), ("data.response", settings.response)):
         try:
             fill(template or "", table[0], path)

@@ -18,6 +18,31 @@ def _names_of(kind: str) -> list[str]:
     return preset_names("challenge" if kind == "challenge" else "recipe")
 
 
+def path(text: str | Path) -> Path:
+    """Return a path option's value with `~` replaced by the home folder, which shells leave alone in `--out=~/x`.
+
+    Raises:
+        typer.BadParameter: it is empty, or names the home of a user that does not exist.
+    """
+    return Path(path_or_name(str(text)))
+
+
+def path_or_name(text: str) -> str:
+    """Return the value of an option that takes a path or a name; a path's `~` is replaced by the home folder.
+
+    Raises:
+        typer.BadParameter: as for `path`.
+    """
+    if not text.strip():
+        raise typer.BadParameter("the path is empty")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise typer.BadParameter(f"there is no home folder for {text.partition('/')[0]}") from None
+
+
 Challenge = Annotated[
     str | None,
     typer.Option(
@@ -37,7 +62,8 @@ Recipe = Annotated[
     ),
 ]
 Config = Annotated[
-    list[Path] | None, typer.Option("--config", metavar="FILE", help="A TOML or JSON config file; may be repeated.")
+    list[Path] | None,
+    typer.Option("--config", parser=path, metavar="FILE", help="A TOML or JSON config file; may be repeated."),
 ]
 Set = Annotated[
     list[str] | None,
@@ -47,6 +73,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
+        parser=path,
         metavar="PATH",
         help="Your data: a JSONL, JSON, CSV or Parquet file, or a folder with one file per client.",
     ),
@@ -54,7 +81,11 @@ Data = Annotated[
 Out = Annotated[
     Path,
     typer.Option(
-        "--out", metavar="DIR", show_default=False, help="The folder that holds the run directories; runs unless given."
+        "--out",
+        parser=path,
+        metavar="DIR",
+        show_default=False,
+        help="The folder that holds the run directories; runs unless given.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

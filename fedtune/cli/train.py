@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli import options
-from fedtune.cli.console import guarded, note, print_data, print_json, stderr
+from fedtune.cli.console import guarded, note, print_data, print_json, resumable, stderr
 from fedtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,12 +39,17 @@ def train(
     ] = None,
     superlink_ca: Annotated[
         Path | None,
-        typer.Option("--superlink-ca", metavar="FILE", help="The certificate that signed the SuperLink's."),
+        typer.Option(
+            "--superlink-ca", parser=options.path, metavar="FILE", help="The certificate that signed the SuperLink's."
+        ),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            "--resume", metavar="[RUN]", help="Go on with a run: a path, a name, or (without a value) the latest."
+            "--resume",
+            parser=options.path_or_name,
+            metavar="[RUN]",
+            help="Go on with a run: a path, a name, or (without a value) the latest.",
         ),
     ] = None,
     baselines: Annotated[
@@ -85,8 +90,13 @@ def train(
     from fedtune.federation.train import train as run_federation
 
     progress = TrainProgress(resolved.config, quiet=json)
+
+    def how_to_go_on() -> str:
+        where = progress.run or (run.path if run else None)
+        return f"Round {progress.done} is saved. Fix that, then go on: fedtune train --resume {where}" if where else ""
+
     try:
-        with progress.shown():
+        with resumable(how_to_go_on), progress.shown():
             result = run_federation(
                 resolved.config,
                 out=out,

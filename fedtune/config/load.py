@@ -121,8 +121,12 @@ def parse_setting(setting: str, flag: str = "--set") -> Table:
     return nested(path, value)
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, kind: str = "config file") -> Table:
     """Read a TOML or JSON config file into a nested table.
+
+    Args:
+        path: The file.
+        kind: What it is, for the error.
 
     Raises:
         UsageError: the file is missing, unreadable, or not a table.
@@ -132,11 +136,11 @@ def read_table(path: Path) -> Table:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"The config file {path} cannot be read: {reason}.") from None
+        raise UsageError(f"The {kind} {path} cannot be read: {reason}.") from None
     except ValueError as error:
-        raise UsageError(f"The config file {path} cannot be parsed: {error}.") from None
+        raise UsageError(f"The {kind} {path} cannot be parsed: {error}.") from None
     if not isinstance(table, dict):
-        raise UsageError(f"The config file {path} holds no table of keys.")
+        raise UsageError(f"The {kind} {path} holds no table of keys.")
     return table
 
 

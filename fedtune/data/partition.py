@@ -11,8 +11,9 @@ from typing import Any
 import datasets
 
 from fedtune.config.schema import FedTuneConfig
-from fedtune.data.prompt import as_text, unknown_column
+from fedtune.data.prompt import unknown_column
 from fedtune.data.source import load_files, load_rows
+from fedtune.data.values import ValueRefusedError, to_text
 from fedtune.errors import ConfigError, Problem
 from fedtune.runs.log import silence_libraries
 
@@ -59,7 +60,7 @@ class Partitions:
         """Return rows, label skew and most frequent label of each client."""
         if self.label is None:
             return [PartitionSummary(i, self.names[i], rows, None, None, None) for i, rows in enumerate(self.sizes)]
-        counts = [Counter(as_text(value) for value in _column(part, self.label)) for part in self.parts]
+        counts = [Counter(_label_text(value) or "" for value in _column(part, self.label)) for part in self.parts]
         whole = sum(counts, Counter[str]())
         summaries = []
         for partition, count in enumerate(counts):
@@ -109,7 +110,7 @@ def load_partitions(config: FedTuneConfig) -> Partitions:
         parts = tuple(partitioner.load_partition(index) for index in range(clients))
     names = [str(index) for index in range(clients)]
     if data.partitioner == "natural":
-        names = [as_text(partitioner.partition_id_to_natural_id[index]) for index in range(clients)]
+        names = [_label_text(partitioner.partition_id_to_natural_id[index]) or "" for index in range(clients)]
     return Partitions(parts, tuple(names), _label(data.partition_by, rows.column_names))
 
 
@@ -138,7 +139,7 @@ def _check_column(rows: datasets.Dataset, column: str, partitioner: str) -> None
         problem = unknown_column("data.partition_by", column, rows.column_names)
         other = "for equal shares: --set data.partitioner=iid"
         raise ConfigError([replace(problem, message=f"{problem.message}; {other}")])
-    unusable = sum(value is None or isinstance(value, list | dict) for value in _column(rows, column))
+    unusable = sum(isinstance(value, list | dict) or _label_text(value) is None for value in _column(rows, column))
     if unusable:
         raise ConfigError(
             [
@@ -148,6 +149,14 @@ def _check_column(rows: datasets.Dataset, column: str, partitioner: str) -> None
                 )
             ]
         )
+
+
+def _label_text(value: Any) -> str | None:
+    """Return a label as text; None for one that is missing or has no text."""
+    try:
+        return to_text(value)
+    except ValueRefusedError:
+        return None
 
 
 def _column(rows: datasets.Dataset, column: str) -> list[Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from fedtune.errors import ConfigError, Problem
+from fedtune.data.values import ValueRefusedError, to_text
+from fedtune.errors import ConfigError, Problem, UsageError
 
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
@@ -28,7 +28,7 @@ def render_text(instruction: str, response: str) -> str:
 def fill(template: str, row: Mapping[str, Any], path: str = "data.instruction") -> str:
     """Return `template` with each `{column}` replaced by the row's value; `{{` and `}}` are literal braces.
 
-    The values are not looked into: braces in them stay as they are. A missing value (None) becomes an empty string.
+    The values are not looked into: braces in them stay as they are. A missing value becomes an empty string.
 
     Args:
         template: `data.instruction` or `data.response` of the config.
@@ -37,6 +37,7 @@ def fill(template: str, row: Mapping[str, Any], path: str = "data.instruction") 
 
     Raises:
         ConfigError: the row has no such column; names the template, the column and the columns that exist.
+        UsageError: a value has no text (see `fedtune/data/values.py`); names the column.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -45,20 +46,17 @@ def fill(template: str, row: Mapping[str, Any], path: str = "data.instruction") 
             return match[0][0]
         if name not in row:
             raise ConfigError([unknown_column(path, name, list(row))])
-        return as_text(row[name])
+        try:
+            return to_text(row[name]) or ""
+        except ValueRefusedError as error:
+            raise UsageError(f"A value of the column {name!r} is {error}.") from None
 
     return _FIELD.sub(value, template)
 
 
-def as_text(value: Any) -> str:
-    """Return a cell as text: None is empty, a string itself, a truth value or a nested one JSON, others `str`."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, bool | list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
+def fields_of(template: str) -> list[str]:
+    """Return the names of the columns that a template has, each once, in their order."""
+    return list(dict.fromkeys(match[1] for match in _FIELD.finditer(template) if match[1] is not None))
 
 
 def unknown_column(path: str, name: str, columns: list[str]) -> Problem:

@@ -10,9 +10,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedtune.config.schema import BUILTIN_TINY, DataConfig
-from fedtune.data.files import read_file, read_folder
+from fedtune.data.files import column_texts, read_file, read_folder
 from fedtune.data.folder import SUFFIXES
 from fedtune.data.hub import find_copy, load_hub
+from fedtune.data.prompt import fields_of
 from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.runs.log import silence_libraries
 
@@ -28,16 +29,16 @@ def load_rows(config: DataConfig, seed: int) -> datasets.Dataset:
     Raises:
         ConfigError: `data.source` is missing, is no possible source, or the built-in set has no such split.
         MissingError: the file, folder or hub data set is not there or cannot be reached.
-        UsageError: a file cannot be read as what its suffix says; names the line.
+        UsageError: a file cannot be read as what its suffix says, or a value has no text; names the line.
     """
     with silence_libraries():
         path = local_path(config)
         if path is None:
-            rows = load_hub(str(config.source), config.revision, config.split)
+            rows = _with_texts(load_hub(str(config.source), config.revision, config.split), config)
         elif path.is_dir():
-            rows = datasets.concatenate_datasets(list(read_folder(path).values()))
+            rows = datasets.concatenate_datasets(list(read_folder(path, needed_columns(config)).values()))
         else:
-            rows = read_file(path)
+            rows = read_file(path, needed_columns(config))
         return rows.shuffle(seed=seed, keep_in_memory=True)
 
 
@@ -54,7 +55,33 @@ def load_files(config: DataConfig) -> dict[str, datasets.Dataset]:
             [Problem("data.partitioner", f"files needs a folder with one file a client, which {config.source} is not")]
         )
     with silence_libraries():
-        return read_folder(path)
+        return read_folder(path, needed_columns(config))
+
+
+def needed_columns(config: DataConfig) -> set[str]:
+    """Return the columns that the templates and the partitioner name."""
+    named = {config.partition_by} if config.partition_by else set()
+    return {*fields_of(config.instruction), *fields_of(config.response), *named}
+
+
+def _with_texts(rows: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """Return a hub data set with the templates' columns as text, by the rule that holds for files.
+
+    The column that partitions stay with its type, whose order decides which client gets which value.
+    """
+    table = rows.with_format("arrow")
+    columns = rows.column_names
+    for name in {*fields_of(config.instruction), *fields_of(config.response)} - {config.partition_by}:
+        if name not in columns or rows.features[name] in (datasets.Value("string"), datasets.Value("large_string")):
+            continue
+        texts = column_texts(
+            table[:][name],
+            name,
+            lambda row: f"The data set {config.source}, split {config.split}, row {row + 1}",
+            strict=True,
+        )
+        rows = rows.remove_columns(name).add_column(name, texts, feature=datasets.Value("string"))
+    return rows.select_columns(columns)
 
 
 def resolved_revision(config: DataConfig) -> str | None:

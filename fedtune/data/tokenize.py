@@ -12,7 +12,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config.schema import DataConfig
-from fedtune.data.prompt import fill, render_prompt, render_text
+from fedtune.data.prompt import fields_of, fill, render_prompt, render_text
 from fedtune.errors import UsageError
 
 Tokens = npt.NDArray[np.int32]
@@ -58,6 +58,7 @@ def tokenize_rows(
     """
     if tokenizer.eos_token_id is None:
         raise UsageError("The tokenizer has no end-of-sequence token, so a model could not learn to stop.")
+    answers = fields_of(config.response)
     kept: list[Tokens] = []
     lengths: list[int] = []
     for start in range(0, len(rows), _BATCH):
@@ -66,7 +67,8 @@ def tokenize_rows(
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             response = fill(config.response, row, "data.response")
-            if response.strip():
+            # A template's own words around a missing answer are nothing to learn either.
+            if response.strip() and (not answers or fill("".join(f"{{{name}}}" for name in answers), row).strip()):
                 instruction = fill(config.instruction, row, "data.instruction")
                 # The space in front of the response is prompt: a tokenizer that makes it a token of its own has nothing
                 # to learn there, and a model that has learnt to begin with a space answers other prompts with one.

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedtune.config.schema import BUILTIN_TINY, FedTuneConfig
-from fedtune.errors import UsageError
+from fedtune.errors import MissingError, UsageError
 from fedtune.runs.atomic import write_folder
 from fedtune.runs.directory import file_sha256
 
@@ -90,14 +90,15 @@ def make_room(folder: Path) -> None:
     """Make sure that an export can be written to `folder`.
 
     Raises:
-        UsageError: it holds something that no export made, or its parent cannot be made.
+        UsageError: it holds something that no export made.
+        MissingError: its parent cannot be made.
     """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _may_go(folder))):
         raise UsageError(f"{folder} holds something else already.", hint="Choose another --out.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be made: {error.strerror}.", hint="Choose another --out.") from None
+        raise MissingError(f"{folder} cannot be made: {error.strerror}.", hint="Choose another --out.") from None
 
 
 def _may_go(folder: Path) -> bool:

@@ -14,18 +14,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.facts import ineligible_because
-from fedtune.config.schema import FedTuneConfig
+from fedtune.config.facts import ineligible_because, value_at
+from fedtune.config.schema import BUILTIN_TINY, FedTuneConfig
+from fedtune.data.folder import client_files
 from fedtune.data.order import share_seen
-from fedtune.data.source import resolved_revision
+from fedtune.data.source import local_path, resolved_revision
 from fedtune.data.tokenize import check_skipped
 from fedtune.errors import MissingError, Problem, UsageError
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
 from fedtune.federation.events import DataReady, Event, Listener, RunOpened, listening, tell
 from fedtune.federation.workspace import workspace_of
-from fedtune.models.hub import resolve_base
-from fedtune.runs.atomic import read_json_lines, write_json
-from fedtune.runs.directory import RUNS, RunDirectory, create_run
+from fedtune.models.hub import base_files, resolve_base
+from fedtune.runs.atomic import drop_torn_line, read_json_lines, write_json
+from fedtune.runs.directory import RUNS, RunDirectory, create_run, expanded
+from fedtune.runs.inputs import Inputs, fingerprints, read_inputs, write_inputs
 from fedtune.runs.log import RunLog, run_log
 from fedtune.runs.report import write_report
 
@@ -121,42 +123,55 @@ def _train(
         from fedtune.federation.engines.superlink import without_data_set
 
         config = without_data_set(config)
-    if resume is not None:
-        _check_same(resume, config)
+    config = with_absolute_paths(config)
+    inputs = inputs_of(config)
+    is_moved = resume is not None and _check_same(resume, config, inputs)
     # Data first: a wrong path or an unreachable hub shows before a run directory is made or a model loaded.
-    place = _Elsewhere(config) if config.federation.engine == "superlink" else _Here(config)
+    place = _Elsewhere(config) if config.federation.engine == "superlink" else _Here(config, inputs)
     run = resume or create_run(out, config)
     with run.lock(), listening(place.heard(listener)):
         log.write_to(run.log_file)
         logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
         if config.privacy.mode == "local" and config.federation.engine != "superlink":
             _check_accounts(run, config.federation.clients, new=resume is None)
-        if resume is None:
+        if resume is not None:
+            _check_files(run)
+        else:
+            write_inputs(run.inputs_file, inputs)
+        if resume is None or is_moved:
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))
         place.tell_data()
         _write_about(run, config, origins, place.device)
         try:
             _run_engine(place.config, run)
-        finally:
-            if run.metrics_file.exists():
-                write_report(run)
+        except BaseException:
+            with suppress(Exception):  # the error that is on its way says more
+                _write_report(run)
+            raise
+        _write_report(run)
         return _result(config, run, place.sizes, time.monotonic() - started)
 
 
 class _Here:
     """Data and base model, where they lie on this machine."""
 
-    def __init__(self, config: FedTuneConfig) -> None:
+    def __init__(self, config: FedTuneConfig, inputs: Inputs) -> None:
         if config.data.source is None:
             raise UsageError("data.source is not set.", hint="Name your data: --data FILE, or take a --challenge.")
         self.config = config
         self._workspace = workspace_of(config.model_dump_json())
+        if self._workspace.inputs not in (None, inputs):  # a file was changed since this process read it
+            workspace_of.cache_clear()
+            self._workspace = workspace_of(config.model_dump_json())
+        self._workspace.inputs = inputs
         self._table = self._workspace.partitions.table()
         base = self._workspace.base
         self.device = str(base.device)
         self.pinned = pin_revisions(config, base.revision, resolved_revision(config.data))
-        self.sizes: list[int] = []
+        self._parts = [self._workspace.rows(partition) for partition in range(config.federation.clients)]
+        check_skipped(self._parts)
+        self.sizes = [len(part) for part in self._parts]
 
     def heard(self, listener: Listener | None) -> Listener | None:
         """Return who listens to the run."""
@@ -168,11 +183,9 @@ class _Here:
         return int(state.name.removeprefix("round-")) if state else 0
 
     def tell_data(self) -> None:
-        """Tokenise the data and tell of it."""
-        parts = [self._workspace.rows(partition) for partition in range(self.config.federation.clients)]
-        check_skipped(parts)
+        """Tell of the data."""
+        parts = self._parts
         tell(DataReady(self._table, sum(part.skipped for part in parts), sum(part.total for part in parts)))
-        self.sizes = [len(part) for part in parts]
 
 
 class _Elsewhere:
@@ -243,13 +256,121 @@ def differences(saved: FedTuneConfig, given: FedTuneConfig) -> list[Problem]:
     ]
 
 
-def _check_same(run: RunDirectory, config: FedTuneConfig) -> None:
-    if problems := differences(run.read_config(), config):
+def with_absolute_paths(config: FedTuneConfig) -> FedTuneConfig:
+    """Return the config with absolute paths in place of those that mean a file or folder here.
+
+    A hub id, a builtin name and what is not there stay as they are. With the engine `superlink` the base lies on other machines.
+    """
+    source, base, ca = config.data.source, config.model.base, config.federation.superlink_ca
+    if source and (path := local_path(config.data)) is not None and source != BUILTIN_TINY:
+        source = str(_absolute(path))
+    if (
+        config.federation.engine != "superlink"
+        and (folder := _base_folder(config)) is not None
+        and base != BUILTIN_TINY
+    ):
+        base = str(_absolute(folder))
+    if ca is not None:
+        ca = str(_absolute(expanded(Path(ca))))
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"source": source}),
+            "model": config.model.model_copy(update={"base": base}),
+            "federation": config.federation.model_copy(update={"superlink_ca": ca}),
+        }
+    )
+
+
+def _absolute(path: Path) -> Path:
+    # A link to a file keeps its own name, whose suffix says what the file is.
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
+def _base_folder(config: FedTuneConfig) -> Path | None:
+    """Return the folder of a base model that does not come from the hub, None for one that does."""
+    if config.model.base == BUILTIN_TINY or expanded(Path(config.model.base)).is_dir():
+        return resolve_base(config.model).folder
+    return None
+
+
+def inputs_of(config: FedTuneConfig) -> Inputs:
+    """Return the fingerprints of the local files that a run of `config` reads.
+
+    Raises:
+        ConfigError, MissingError, UsageError: the data or the base is not there, or cannot be read.
+    """
+    data: list[Path] = []
+    if config.data.source and (path := local_path(config.data)) is not None:
+        data = client_files(path) if path.is_dir() else [path]
+    folder = None if config.federation.engine == "superlink" else _base_folder(config)
+    base = base_files(folder, with_code=config.model.trust_remote_code) if folder else []
+    return Inputs(fingerprints(data), fingerprints(base))
+
+
+def _check_same(run: RunDirectory, config: FedTuneConfig, inputs: Inputs) -> bool:
+    """Refuse to go on with another config or other files; return whether the same files lie elsewhere now.
+
+    Raises:
+        UsageError: the config or a file's content differs.
+        MissingError: a file is not there any more, or inputs.json is damaged.
+    """
+    saved = run.read_config()
+    before = read_inputs(run.inputs_file)
+    places = {path for path in _PLACES if _is_elsewhere(saved, config, path)} if before is not None else set()
+    if problems := [problem for problem in differences(saved, config) if problem.path not in places]:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UsageError(
             f"The run {run.path} cannot go on with another config:\n{lines}",
             hint=f"Leave these out (fedtune train --resume {run.path}), or start a new run.",
         )
+    if before is None:
+        logger.warning(
+            "%s is not there, so nothing shows whether the run's data and base are the same.", run.inputs_file
+        )
+        return False
+    if config.federation.engine == "superlink":
+        before = Inputs({}, {})  # data and base lie with the nodes
+    if changes := before.changes(inputs):
+        lines = "\n".join(f"  {change}" for change in changes)
+        message = f"The run {run.path} cannot go on with other files than it was started with:\n{lines}"
+        hint = "Put back the files as they were, or start a new run."
+        raise MissingError(message, hint=hint) if before.missing(inputs) else UsageError(message, hint=hint)
+    return bool(places)
+
+
+_PLACES = ("data.source", "model.base")
+
+
+def _is_elsewhere(saved: FedTuneConfig, given: FedTuneConfig, path: str) -> bool:
+    """Whether a key names a local file or folder in both configs, another one each."""
+    old, new = str(value_at(saved, path)), str(value_at(given, path))
+    return old != new and Path(old).is_absolute() and Path(new).is_absolute()
+
+
+def _check_files(run: RunDirectory) -> None:
+    """Drop torn last lines of a resumed run's files; refuse a file that is damaged elsewhere, before anything is trained.
+
+    Raises:
+        UsageError: a line is damaged; the file and the line are named.
+    """
+    from fedtune.budget.ledger import read_ledger
+
+    run.read_about()
+    for path in (run.ledger_file, run.metrics_file):
+        drop_torn_line(path)
+    read_ledger(run.ledger_file)
+    try:
+        lines = read_json_lines(run.metrics_file)
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line.get("status"), str) or type(line.get("round")) is not int:
+                raise ValueError(f"line {number} of {run.metrics_file} lacks its round or status")
+    except ValueError as error:
+        raise UsageError(f"The metrics are damaged: {error}.", hint="Restore the file from a backup.") from None
+
+
+def _write_report(run: RunDirectory) -> None:
+    if run.metrics_file.exists():
+        write_report(run)
 
 
 def _check_accounts(run: RunDirectory, clients: int, *, new: bool) -> None:

@@ -14,12 +14,14 @@ from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.files import read_file
 from fedtune.data.partition import Partitions, load_partitions
+from fedtune.data.source import needed_columns
 from fedtune.data.tokenize import TokenizedRows, tokenize_rows
 from fedtune.errors import ClientError, ConfigError
 from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.base import Base, load_base, load_tokenizer
 from fedtune.runs.directory import file_sha256
+from fedtune.runs.inputs import Inputs
 
 if TYPE_CHECKING:
     import datasets
@@ -32,6 +34,8 @@ class Workspace:
     def __init__(self, config: FedTuneConfig) -> None:
         self.config = config
         self._rows: dict[int, TokenizedRows] = {}
+        self.inputs: Inputs | None = None
+        """The local files as they were when this was made, where that is known."""
 
     @cached_property
     def base(self) -> Base:
@@ -103,7 +107,7 @@ class NodeWorkspace(Workspace):
         return rows
 
     def _table(self, partition: int) -> datasets.Dataset:  # noqa: ARG002
-        return read_file(Path(str(self.config.data.source)))
+        return read_file(Path(str(self.config.data.source)), needed_columns(self.config.data))
 
 
 def workspace_of_client(context: Context) -> Workspace:

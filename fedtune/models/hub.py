@@ -72,6 +72,18 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
     return ResolvedBase(_checked(Path(folder), config.base, only_config), commit)
 
 
+def base_files(folder: Path, *, with_code: bool = False) -> list[Path]:
+    """Return the files of a base model's folder that loading it may read: weights, configuration, tokenizer, and its code."""
+    patterns = [*WEIGHTS, *OTHERS, *(["*.py"] if with_code else [])]
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and any(path.match(pattern) for pattern in patterns)
+        and not any(path.match(pattern) for pattern in IGNORED if "/" not in pattern)
+    )
+
+
 def _snapshot(config: ModelConfig, revision: str | None, only_config: bool, *, local: bool = False) -> str:
     """Return the folder in the hub's cache, after fetching what it lacks unless `local`."""
     code = ["*.py"] if config.trust_remote_code else []

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from fedtune.errors import FedTuneError
+
+logger = logging.getLogger(__name__)
+
+_OS_ERROR = re.compile(r"\bos error (\d+)|\[?errno (\d+)", re.IGNORECASE)
+"""How Rust and C++ libraries (safetensors, Arrow) write the operating system's error number into a text."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by a file holding `data`; a crash leaves the old file or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        _raise_about(path, error)
     sync_folder(path.parent)
 
 
@@ -34,20 +49,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Replace `folder` by one that `fill` has filled; a folder of that name is complete whenever it is there."""
+    """Replace `folder` by one that `fill` has filled; a folder of that name is complete whenever it is there.
+
+    Raises:
+        OSError: the disk is full, or another trouble with it, whatever exception a library has made of that.
+    """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         fill(beside)
-    except BaseException:
+        for path in sorted(beside.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(beside)
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
-    for path in sorted(beside.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(beside)
+        _raise_about(folder, error)
     if folder.exists():
         # A folder cannot be renamed over a full one. Whoever replaces a folder can write it again after a crash.
         shutil.rmtree(folder)
@@ -84,6 +103,35 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _raise_about(path: Path, error: BaseException) -> NoReturn:
+    """Raise the error of writing `path`: an OSError that names it, where trouble with the disk is behind `error`."""
+    found = os_error_in(error)
+    if found is None or found.errno is None:
+        raise error
+    raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
+
+
+def os_error_in(error: BaseException) -> OSError | None:
+    """Return the trouble of the operating system that is behind an error, None where there is none.
+
+    Libraries that are not written in Python raise exceptions of their own about a full disk; their texts hold the number.
+    """
+    if isinstance(error, FedTuneError | KeyboardInterrupt):
+        return None
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        if isinstance(current, OSError) and current.errno is not None:
+            return current
+        if match := _OS_ERROR.search(str(current)):
+            number = int(match[1] or match[2])
+            if number in errno.errorcode:
+                return OSError(number, os.strerror(number))
+        current = current.__cause__
+    return None
+
+
 def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
     """Read a file of one JSON object a line; a torn last line (the writer was killed in it) is left out.
 
@@ -94,9 +142,7 @@ def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
         return []
     lines = path.read_bytes().split(b"\n")
     records: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines):
-            break  # what follows the last newline is empty or torn
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
         try:
             record = json.loads(line)
         except ValueError:
@@ -105,3 +151,27 @@ def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
             raise ValueError(f"line {number} of {path} is not a JSON object")
         records.append(record)
     return records
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last newline of a file, with a warning: its writer was killed, or the disk was full.
+
+    Otherwise the next line would be appended to it, and both would be lost.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        file.seek(end - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        whole = file.read(end)
+        file.truncate(whole.rfind(b"\n") + 1)
+    logger.warning(
+        "The last line of %s (line %d) is incomplete, because its writer was stopped in it; the line is dropped.",
+        path,
+        whole.count(b"\n") + 1,
+    )

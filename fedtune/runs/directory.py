@@ -2,6 +2,7 @@
 
 runs/medical-20261121-231500/
 ├── config.json   run.json     the resolved config; where its values came from, versions, eligibility
+├── inputs.json                size and sha256 of the local data files and of the base's files
 ├── peft_5/ peft_10/           adapters as PEFT reads them
 ├── metrics.jsonl              one line per client and round
 ├── ledger.jsonl comm_cost.txt one line per message; the same in the leaderboard's form
@@ -18,6 +19,7 @@ import datetime
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,11 +32,15 @@ from typing import Any
 from fedtune.config.load import load_config, read_table
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
-from fedtune.runs.atomic import remove_leftovers, write_folder, write_json
+from fedtune.runs.atomic import drop_torn_line, remove_leftovers, write_folder, write_json
 from fedtune.runs.log import LOG_NAME
+
+logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 """Where runs lie unless `--out` says otherwise."""
+
+_SUPERLINK_NUMBERS = ("run_id", "event", "rounds")
 
 _KEPT_STATES = 2
 """The last state and the one before it, in case the disk damages the last."""
@@ -55,6 +61,11 @@ class RunDirectory:
     def about_file(self) -> Path:
         """Origins of values, versions, eligibility, time of start."""
         return self.path / "run.json"
+
+    @property
+    def inputs_file(self) -> Path:
+        """Fingerprints of the local files that the run reads."""
+        return self.path / "inputs.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -109,7 +120,24 @@ class RunDirectory:
         here = max((int(path.parent.name.removeprefix("round-")) for path in manifests), default=0)
         if not self.superlink_file.is_file():
             return here
-        return max(here, int(json.loads(self.superlink_file.read_text(encoding="utf-8"))["rounds"]))
+        return max(here, int(self.read_superlink()["rounds"]))
+
+    def read_superlink(self) -> Mapping[str, Any]:
+        """Read what is known here of a run on a SuperLink's machine.
+
+        Raises:
+            MissingError: the file is damaged.
+        """
+        try:
+            table = json.loads(self.superlink_file.read_text(encoding="utf-8"))
+            if not isinstance(table["name"], str) or not all(isinstance(table[key], int) for key in _SUPERLINK_NUMBERS):
+                raise TypeError
+            return {**table, "rows": tuple(int(rows) for rows in table["rows"])}
+        except (OSError, ValueError, TypeError, KeyError):
+            raise MissingError(
+                f"{self.superlink_file} is damaged, so the run is not found on the SuperLink's machine.",
+                hint="Restore the file from a backup, or start a new run.",
+            ) from None
 
     def adapter_folder(self, server_round: int) -> Path:
         """The folder of the adapter after `server_round` (from 1)."""
@@ -133,7 +161,7 @@ class RunDirectory:
 
     def read_about(self) -> Mapping[str, Any]:
         """Read what is known of the run beside its config; empty where nothing was written."""
-        return read_table(self.about_file) if self.about_file.is_file() else {}
+        return read_table(self.about_file, "file") if self.about_file.is_file() else {}
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -176,10 +204,11 @@ class RunDirectory:
         for state in reversed(states):
             if is_intact(state):
                 return state
+            logger.warning("The state %s is damaged (its files do not match manifest.json) and is not used.", state)
         if states:
             raise MissingError(
                 f"Every state in {self.state_folder} is damaged (its files do not match manifest.json).",
-                hint="Start the run anew, with another --out.",
+                hint="Start a new run.",
             )
         return None
 
@@ -188,7 +217,12 @@ class RunDirectory:
 
 
 def create_run(root: Path, config: FedTuneConfig) -> RunDirectory:
-    """Make a new run directory under `root`, named after the challenge and the time."""
+    """Make a new run directory under `root`, named after the challenge and the time.
+
+    Raises:
+        MissingError: `root` cannot be written to.
+    """
+    root = expanded(root)
     stem = f"{config.challenge or 'run'}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
         try:
@@ -196,15 +230,24 @@ def create_run(root: Path, config: FedTuneConfig) -> RunDirectory:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UsageError(
+            raise MissingError(
                 f"No run directory can be made in {root}: {error.strerror}.", hint="Choose another --out."
             ) from None
         return RunDirectory(root / name)
     raise UsageError(f"{root} already holds a thousand runs named {stem}.", hint="Choose another --out.")
 
 
+def expanded(path: Path) -> Path:
+    """Return a path with `~` replaced by the home folder; one of a user that does not exist stays as it is."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def all_runs(root: Path = RUNS) -> list[RunDirectory]:
     """Return the runs under `root`, the latest last."""
+    root = expanded(root)
     folders = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
     return [RunDirectory(path) for path in sorted(folders, key=lambda path: (path / "config.json").stat().st_mtime_ns)]
 
@@ -228,7 +271,7 @@ def find_run(name: str | None, root: Path = RUNS) -> RunDirectory:
         if runs := all_runs(root):
             return runs[-1]
         raise MissingError(f"There is no run in {root}.", hint="Start one: fedtune train --challenge tiny")
-    for path in (Path(name), root / name):
+    for path in (expanded(Path(name)), expanded(root) / name):
         if (path / "config.json").is_file():
             return RunDirectory(path)
     latest = ", ".join(run.path.name for run in all_runs(root)[-3:])
@@ -241,8 +284,8 @@ def find_adapter(name: str, root: Path = RUNS) -> Path:
     Raises:
         MissingError: there is no such adapter; those of the latest run are named.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        return Path(name)
+    if (path := expanded(Path(name))).joinpath("adapter_config.json").is_file():
+        return path
     runs = all_runs(root)
     for run in reversed(runs):
         if (run.path / name / "adapter_config.json").is_file():
@@ -268,9 +311,17 @@ def is_intact(folder: Path) -> bool:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line to a file and hand it to the operating system at once."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Append one JSON line to a file and hand it to the operating system at once; a torn last line is dropped first.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    drop_torn_line(path)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def cut_to(path: Path, size_bytes: int) -> None:

@@ -180,7 +180,7 @@ def test_mistakes_get_one_paragraph(
     assert done.exit_code == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert "fault of fedtune" not in done.stderr
+    assert "internal error" not in done.stderr
     assert len(done.stderr) < 700
     assert done.stdout == ""
 

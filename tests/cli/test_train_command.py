@@ -66,7 +66,7 @@ def test_a_run_leaves_everything_that_design_asks_for(
     assert done.returncode == 0, done.stderr
     run = the_run(folder)
     assert {path.name for path in run.path.iterdir()} == {
-        *("config.json", "run.json", "metrics.jsonl", "ledger.jsonl", "comm_cost.txt", "report.html"),
+        *("config.json", "inputs.json", "run.json", "metrics.jsonl", "ledger.jsonl", "comm_cost.txt", "report.html"),
         "debug.log",
         *("state", "peft_2", "peft_3"),
     }

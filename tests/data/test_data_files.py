@@ -50,7 +50,7 @@ def test_values_become_text_and_missing_ones_stay_none(tmp_path: Path) -> None:
         {"n": "007", "s": None, "t": "[1]"},
         {"n": "true", "s": None, "t": None},
     ]
-    assert read_file(write(tmp_path, "b.csv", "n,s\n007,\n")).to_list() == [{"n": "007", "s": ""}]
+    assert read_file(write(tmp_path, "b.csv", "n,s\n007,\n")).to_list() == [{"n": "007", "s": None}]
     parquet.write_table(pyarrow.table({"n": [1, None], "f": [0.5, 2.0]}), tmp_path / "c.parquet")
     assert read_file(tmp_path / "c.parquet").to_list() == [{"n": "1", "f": "0.5"}, {"n": None, "f": "2.0"}]
 
@@ -72,6 +72,17 @@ def test_values_become_text_and_missing_ones_stay_none(tmp_path: Path) -> None:
         ("a.csv", 'a,b\n1,"2\n', "a.csv, line 2: malformed CSV"),
         ("a.csv", b"a,b\n1,\xff\n", "a.csv, line 2: the text is not UTF-8"),
         ("a.csv", "a,b\n", "has no rows"),
+        ("a.jsonl", '{"a": "1"}\n{"a": "1", "a": "2"}\n', "a.jsonl, line 2: an object has the key 'a' twice"),
+        ("a.jsonl", '{"a": {"b": 1, "b": 2}}', "a.jsonl, line 1: an object has the key 'b' twice"),
+        ("a.jsonl", '{"a": "1"}\n\n{"a": Infinity}', "a.jsonl, line 3, column 'a': the value is an infinite number"),
+        ("a.json", '[{"a": [1, -Infinity]}]', "a.json, item 1, column 'a': the value is an infinite number"),
+        ("a.csv", "a;b\n1;2\n", "separated by ';' instead of commas"),
+        ("a.csv", "a\tb\n1\t2\n", "separated by '\\t' instead of commas"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv, line 1: the text is not UTF-8"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), "a.csv, line 1: the header holds NUL characters"),
+        ("a.csv", "a,b\n1,é\n".encode("latin-1"), "a.csv, line 2: the text is not UTF-8"),
+        ("a.jsonl", '{"a": "1"}'.encode("utf-16"), "a.jsonl, line 1: the text is not UTF-8"),
+        ("a.csv", "a,b,\n1,2\n", "a.csv, line 2: 2 fields, but the header names 3"),
         ("a.parquet", "PAR1 no", "not a readable Parquet file"),
         ("a.jsonl", " \n", "is empty"),
         ("a.tsv", "a\tb\n", "not a data file"),

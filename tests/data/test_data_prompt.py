@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data.prompt import as_text, fill, render_prompt, render_text
-from fedtune.errors import ConfigError
+from fedtune.data.prompt import fields_of, fill, render_prompt, render_text
+from fedtune.errors import ConfigError, UsageError
 
 NO_BRACES = st.text().filter(lambda text: "{" not in text and "}" not in text)
 
@@ -48,6 +48,11 @@ def test_missing_column_is_named_with_those_that_exist() -> None:
     assert "'instruction', 'output'" in problem.message
 
 
-@given(st.text())
-def test_text_stays_text(text: str) -> None:
-    assert as_text(text) == text
+def test_the_columns_of_a_template_are_found() -> None:
+    assert fields_of("{a} {{b}} {c}{a}") == ["a", "c"]
+    assert fields_of("none") == []
+
+
+def test_a_value_without_a_text_is_refused_with_its_column() -> None:
+    with pytest.raises(UsageError, match="column 'output' is bytes that are no UTF-8"):
+        fill("{output}", {"output": b"\xff"})

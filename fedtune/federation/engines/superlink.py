@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -289,8 +288,7 @@ def _remembered(run: RunDirectory) -> Submitted:
     if not file.is_file():
         # Two machines may have runs of one name.
         return Submitted(f"{run.path.resolve().name}-{uuid4().hex[:8]}")
-    table = json.loads(file.read_text(encoding="utf-8"))
-    return Submitted(**{**table, "rows": tuple(table["rows"])})
+    return Submitted(**run.read_superlink())
 
 
 def _without_places(config: FedTuneConfig) -> str:
