@@ -6,6 +6,7 @@ over accumulated batches); FedProx's pull towards the start; clipping; AdamW, wh
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,19 +22,13 @@ from fedtune.config.schema import Switch, TrainingConfig
 from fedtune.errors import ClientError
 from fedtune.models.adapter import AdaptedModel
 from fedtune.training import memory
-from fedtune.training.packing import (
-    Batch,
-    can_pack,
-    fits_window,
-    pack,
-    packed_attention,
-    packed_logits,
-    padded_logits,
-    summed_loss,
-)
+from fedtune.training.layout import Layout, LayoutKind, choose_layout, row_limits
+from fedtune.training.packing import Batch, pack, packed_attention, packed_logits, padded_logits, summed_loss
 
 if TYPE_CHECKING:
     from fedtune.data.tokenize import TokenizedRows
+
+log = logging.getLogger(__name__)
 
 Indices = npt.NDArray[np.int64]
 
@@ -72,6 +67,8 @@ class LocalResult:
     """Tokens that the loss was computed on."""
     seconds: float
     learning_rate: float
+    layout: Layout
+    """How rows shared a forward pass in the step with the longest row."""
 
 
 def train_locally(
@@ -118,7 +115,9 @@ def train_locally(
     parameters = list(named.values())
     start = [parameter.detach().clone() for parameter in parameters] if proximal_mu else []
     optimizer = make_optimizer(parameters, training, learning_rate)
-    gradients = _Gradients(adapted, parameters, gradient_checkpointing)
+    longest = max(map(len, rows.input_ids))
+    gradients = _Gradients(adapted, parameters, gradient_checkpointing, longest)
+    layouts = [gradients.layout(max(len(rows.input_ids[i]) for i in indices)) for indices in steps]
     losses: list[float] = []
     row_count = token_count = response_count = 0
     with _training(adapted, seed), _frozen(adapted, named):
@@ -164,6 +163,7 @@ def train_locally(
         response_tokens=response_count,
         seconds=time.monotonic() - started,
         learning_rate=learning_rate,
+        layout=max(layouts, key=lambda layout: _SLOWNESS.index(layout.kind)),
     )
 
 
@@ -181,34 +181,78 @@ def make_optimizer(
     return optimizer
 
 
-class _Gradients:
-    """Computes a step's gradient in as few passes as memory allows; all ways give the same result."""
+_SLOWNESS: tuple[LayoutKind, ...] = ("packed", "padded", "row by row")
 
-    def __init__(self, adapted: AdaptedModel, parameters: list[torch.nn.Parameter], checkpointing: Switch) -> None:
+
+class _Gradients:
+    """Computes a step's gradient in as few passes as the model and memory allow; all ways give the same result."""
+
+    def __init__(
+        self, adapted: AdaptedModel, parameters: list[torch.nn.Parameter], checkpointing: Switch, longest: int
+    ) -> None:
         self.model, self.inner, self.device = adapted.model, adapted.base.model, adapted.base.device
         self.parameters = parameters
+        self.longest = longest
         self.may_checkpoint = checkpointing == "auto"
         bf16 = adapted.base.compute_dtype == torch.bfloat16
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         if (limits := memory.known.get(self.model)) is None:
-            with self.autocast:
-                packs = can_pack(self.inner, parameters)
             tokens = memory.CPU_TOKENS if self.device.type == "cpu" else 2**31
             suggested = memory.suggests_checkpointing(self.inner, self.device)
-            limits = memory.known[self.model] = memory.Limits(packs, tokens, suggested)
+            limits = memory.known[self.model] = memory.Limits(tokens, suggested)
         if checkpointing != "auto":
             limits.checkpointing = checkpointing == "on"
         self.limits = limits
+        self.row_limit = min((limit.tokens for limit in row_limits(self.inner)), default=longest)
+
+    def layout(self, longest: int) -> Layout:
+        """Return how the rows of a step whose longest row has so many tokens share a pass.
+
+        It depends on the model and on the client's rows only, not on what was trained before: a resumed run adds up in the
+        same order.
+        """
+        # What the model does with rows within its window says nothing about longer rows.
+        tried = min(self.longest, self.row_limit) if longest <= self.row_limit else self.longest
+        if tried not in self.limits.layouts:
+            self.limits.layouts[tried] = layout = self._choose(tried)
+            if layout.kind == "row by row" or layout.unexpected:
+                log.warning("Training is slower: each pass holds %s", _description(layout))
+            else:
+                log.info("Each pass of training holds %s", _description(layout))
+        return self.limits.layouts[tried]
+
+    def _choose(self, longest: int) -> Layout:
+        """Try layouts on rows of `longest` tokens, or on as long ones as memory holds."""
+        tried = longest
+        while True:
+            try:
+                with self.autocast:
+                    return choose_layout(self.inner, self.parameters, tried)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            # Out here the failed pass's tensors are no longer held by the exception.
+            torch.cuda.empty_cache()
+            tried //= 2
+            if tried < memory.SHORTEST_TOKENS:
+                raise ClientError(_NO_MEMORY)
+            log.warning(
+                "Memory ran out while fedtune tried how rows of %d tokens can share a pass; it tries rows of %d.",
+                longest,
+                tried,
+            )
 
     def compute(self, ids: Sequence[npt.NDArray[np.int32]], prompts: Sequence[int], responses: int) -> torch.Tensor:
         """Set the parameters' gradients for these rows and return the mean loss per response token, on the device."""
         while True:
             try:
                 return self._attempt(ids, prompts, responses)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
                 lengths = [len(row) for row in ids]
                 if not self.limits.retreat(lengths, may_checkpoint=self.may_checkpoint):
-                    raise ClientError("The device's memory does not hold a single row of training.") from None
+                    raise ClientError(_NO_MEMORY) from None
             # Out here the failed pass's tensors are no longer held by the exception.
             for parameter in self.parameters:
                 parameter.grad = None
@@ -216,23 +260,36 @@ class _Gradients:
 
     def _attempt(self, ids: Sequence[npt.NDArray[np.int32]], prompts: Sequence[int], responses: int) -> torch.Tensor:
         lengths = [len(row) for row in ids]
-        packed = self.limits.packs and fits_window(self.inner, max(lengths))
+        kind = self.layout(max(lengths)).kind
+        limit = 0 if kind == "row by row" else self.limits.tokens
         total = torch.zeros((), device=self.device)
         with (
-            packed_attention(self.inner) if packed else nullcontext(),
+            packed_attention(self.inner) if kind == "packed" else nullcontext(),
             _checkpointing(self.inner, self.limits.checkpointing),
         ):
-            for run in memory.cut(lengths, self.limits.tokens, padded=not packed):
+            for run in memory.cut(lengths, limit, padded=kind != "packed"):
                 batch = pack(ids[run], prompts[run], self.device)
-                loss = self._loss(batch, packed) / responses
+                loss = self._loss(batch, packed=kind == "packed") / responses
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
 
-    def _loss(self, batch: Batch, packed: bool) -> torch.Tensor:
+    def _loss(self, batch: Batch, *, packed: bool) -> torch.Tensor:
         with self.autocast:
             logits = packed_logits(self.model, batch) if packed else padded_logits(self.model, batch)
             return summed_loss(logits, batch)
+
+
+_NO_MEMORY = "The device's memory does not hold a single row of training."
+
+
+def _description(layout: Layout) -> str:
+    what = {
+        "packed": "several rows end to end",
+        "padded": "several rows with padding",
+        "row by row": "a single row",
+    }[layout.kind]
+    return what + (f" ({layout.reason})." if layout.reason else ".")
 
 
 @torch.no_grad()

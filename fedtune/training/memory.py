@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from fedtune.models.base import free_memory_bytes
+
+if TYPE_CHECKING:
+    from fedtune.training.layout import Layout
 
 CPU_TOKENS = 4096
 """Most tokens of a pass on the CPU, where larger passes are no faster and memory is shared with everything else."""
@@ -19,14 +22,14 @@ WORTHWHILE_TOKENS = 2048
 
 @dataclass
 class Limits:
-    """What is known of one model: grows only smaller, and only when memory ran out."""
+    """What is known of one model; the sizes grow only smaller, and only when memory ran out."""
 
-    packs: bool
-    """Whether it takes packed rows."""
     tokens: int
     """Most tokens of a pass."""
     checkpointing: bool
     """Whether activations are recomputed in the backward pass."""
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    """How rows of up to so many tokens share a pass."""
 
     def retreat(self, lengths: Sequence[int], *, may_checkpoint: bool) -> bool:
         """Take less memory after a step of rows of these lengths ran out of it; False when nothing is left to try."""
@@ -40,6 +43,24 @@ class Limits:
 
 known: WeakKeyDictionary[Any, Limits] = WeakKeyDictionary()
 """Limits of each model that was trained in this process."""
+
+
+SHORTEST_TOKENS = 8
+"""Where memory holds no rows of so many tokens, nothing can be trained."""
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+)
+"""What torch's allocators and CUDA's libraries say in a plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the machine had no memory left, and nothing about the model."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def suggests_checkpointing(model: Any, device: torch.device) -> bool:

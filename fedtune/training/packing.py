@@ -8,12 +8,12 @@ Rows are laid end to end as one long row. Positions start again at 0 in each, an
     kept          1 2     4             the position before each response token: logits are computed here only
     targets       9 4     2
 
-A model that does not take attention from transformers' interface, or mixes tokens in another way, gets padded batches.
+A model that does not take attention from transformers' interface, or mixes tokens in another way, gets another layout
+(layout.py).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 ATTENTION = "fedtune_packed"
 """Name of our attention in transformers' interface."""
@@ -34,6 +34,14 @@ Tokens = npt.NDArray[np.int32]
 
 _MOST_WASTE = 1.5
 """Rows are attended to in one call as long as padding makes that so many times the work at most."""
+
+
+_OWN_TERMS = ("softcap", "s_aux", "position_bias")
+"""What models add to attention and ours does not."""
+
+
+class OwnAttentionTermsError(NotImplementedError):
+    """The model's attention computes something that packed attention does not."""
 
 
 @dataclass(frozen=True)
@@ -114,59 +122,28 @@ def summed_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 @contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
     """Switch the transformers model `model` to our attention inside this context, and back to its own."""
-    own = model.config._attn_implementation
+    # The parts of a model may have configs, and attention, of their own.
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    own = [(config, config._attn_implementation) for config in configs.values()]
     model.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
-
-
-def can_pack(model: Any, parameters: Sequence[torch.Tensor]) -> bool:
-    """Whether `model` gives in packed passes what it gives in padded ones, tried on two short rows.
-
-    Args:
-        model: a transformers model; modules of it may be adapted.
-        parameters: what is trained; the backward pass is tried as well.
-    """
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters or not model._can_set_attn_implementation():
-        return False
-    probe = pack([np.arange(1, 8, dtype=np.int32), np.arange(3, 9, dtype=np.int32)], (1, 1), model.device)
-    try:
-        with torch.no_grad():
-            plain = padded_logits(model, probe).float()
-        with packed_attention(model):
-            packed = packed_logits(model, probe).float()
-            gradients = torch.autograd.grad(packed.sum(), parameters, allow_unused=True)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
-        return False
-    finite = all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
-    # A row that sees its neighbour is off by far more than rounding; int8 layers round to 16 bits inside.
-    exact = model.dtype == torch.float32 and not getattr(model, "is_loaded_in_8bit", False)
-    tolerance = 1e-3 if exact else 5e-2
-    return (
-        finite and packed.shape == plain.shape and bool((packed - plain).abs().max() <= tolerance * plain.abs().max())
-    )
-
-
-def fits_window(model: Any, longest: int) -> bool:
-    """Whether rows of `longest` tokens fit the model's attention window, if it has one: ours knows none."""
-    config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return all(longest <= window for window in windows if window)
+        for config, implementation in own:
+            config._attn_implementation_internal = implementation
 
 
 def _attend(
-    _module: torch.nn.Module,
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 (never needed, but passed by name)
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    row_lengths: tuple[int, ...],
+    cu_seq_lens_q: torch.Tensor | None = None,
+    row_lengths: tuple[int, ...] = (),
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row to itself.
@@ -179,8 +156,17 @@ def _attend(
     Returns:
         (1, tokens, heads, head_dim), and no attention weights.
     """
-    if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("this model's attention has terms of its own")
+    if terms := [name for name in _OWN_TERMS if others.get(name) is not None]:
+        raise OwnAttentionTermsError(f"its attention has terms of its own: {', '.join(terms)}")
+    if cu_seq_lens_q is None:
+        raise OwnAttentionTermsError("it does not tell its attention where rows start")
+    if attention_mask is not None:  # transformers builds none for us (_no_mask): this one is the model's own
+        raise OwnAttentionTermsError("it builds attention masks of its own")
+    if not getattr(module, "is_causal", True):
+        raise OwnAttentionTermsError("its attention looks at later tokens")
+    window = others.get("sliding_window")
+    if window is not None and max(row_lengths) > window:
+        raise OwnAttentionTermsError(f"its attention looks back {window} tokens at most")
     gqa = query.shape[1] != key.shape[1]
     if not dropout and _has_kernel(query, value):
         longest = max(row_lengths)

@@ -17,6 +17,7 @@ from fedtune.data.tokenize import TokenizedRows
 from fedtune.errors import ClientError
 from fedtune.models.adapter import AdaptedModel, AdapterTensors
 from fedtune.training import memory, packing
+from fedtune.training.layout import Layout, LayoutKind
 from fedtune.training.local import LocalResult, StepReport, train_locally
 
 Make = Callable[..., AdaptedModel]
@@ -117,19 +118,26 @@ def test_result_counts_what_was_done(make: Make, rows: TokenizedRows) -> None:
     assert all(p.grad is None for p in adapted.parameters())
 
 
+def limits(kind: LayoutKind, tokens: int = 4096) -> memory.Limits:
+    """What is known of a model whose rows, all of them, share passes in this layout."""
+    return memory.Limits(tokens, checkpointing=False, layouts={n: Layout(kind) for n in range(64)})
+
+
 @pytest.mark.parametrize("limit", [1, 60])
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("kind", ["packed", "padded", "row by row"])
 def test_merged_rows_are_the_same_as_one_at_a_time(
-    make: Make, rows: TokenizedRows, monkeypatch: pytest.MonkeyPatch, limit: int, packs: bool
+    make: Make, rows: TokenizedRows, monkeypatch: pytest.MonkeyPatch, limit: int, kind: LayoutKind
 ) -> None:
     steps = steps_of(4, 8)
     merged, cut = make(), make()
-    memory.known[cut.model] = memory.Limits(packs=packs, tokens=limit, checkpointing=False)
-    losses = train(merged, rows, steps).losses
-    assert memory.known[merged.model].packs
+    memory.known[cut.model] = limits(kind, limit)
+    result = train(merged, rows, steps)
+    assert result.layout == Layout("packed")
     passes = count_passes(cut, monkeypatch)
-    assert train(cut, rows, steps).losses == pytest.approx(losses, rel=1e-5)
-    assert len(passes) == 32 if limit == 1 else 4 < len(passes) < 32
+    again = train(cut, rows, steps)
+    assert again.layout.kind == kind
+    assert again.losses == pytest.approx(result.losses, rel=1e-5)
+    assert len(passes) == 32 if limit == 1 or kind == "row by row" else 4 < len(passes) < 32
     assert_same(cut.tensors(), merged.tensors(), rtol=1e-3, atol=1e-5)
 
 
@@ -191,7 +199,7 @@ def test_memory_that_runs_out_half_way_through_a_step(
     steps = steps_of(2, 8)
     plain, short = make(), make()
     losses = train(plain, rows, steps).losses
-    memory.known[short.model] = memory.Limits(packs=True, tokens=60, checkpointing=False)
+    memory.known[short.model] = limits("packed", 60)
     forward, calls = LlamaForCausalLM.forward, iter(range(1000))
     monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *a, **k: oom() if next(calls) == 2 else forward(*a, **k))
     assert train(short, rows, steps).losses == pytest.approx(losses, rel=1e-5)
@@ -203,14 +211,14 @@ def oom() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_gradient_checkpointing_gives_equal_gradients(
-    make: Make, rows: TokenizedRows, monkeypatch: pytest.MonkeyPatch, packs: bool
+    make: Make, rows: TokenizedRows, monkeypatch: pytest.MonkeyPatch, kind: LayoutKind
 ) -> None:
     steps = steps_of(3, 8)
     plain, saving = make(dropout=0.1), make(dropout=0.1)
     for adapted in (plain, saving):
-        memory.known[adapted.model] = memory.Limits(packs=packs, tokens=4096, checkpointing=False)
+        memory.known[adapted.model] = limits(kind)
     calls: list[bool] = []
     norm = saving.base.model.model.layers[0].input_layernorm
     norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -363,8 +371,10 @@ def test_rows_longer_than_the_window_are_padded(
     used: list[str] = []
     padded = packing.padded_logits
     monkeypatch.setattr("fedtune.training.local.padded_logits", lambda *a: used.append("padded") or padded(*a))
-    train(adapted, rows, steps_of(2, 8))
+    result = train(adapted, rows, steps_of(2, 8))
     assert used == ["padded"] * 2
+    assert result.layout.kind == "padded"
+    assert "sliding_window of 8" in result.layout.reason
 
 
 def test_an_interrupted_client_leaves_the_model_ready(make: Make, rows: TokenizedRows) -> None:
@@ -383,11 +393,11 @@ def test_an_interrupted_client_leaves_the_model_ready(make: Make, rows: Tokenize
 def test_modules_to_save_are_trained_packed_as_one_by_one(make: Make, rows: TokenizedRows) -> None:
     steps = steps_of(3, 8)
     packed, plain = (make(modules_to_save=("lm_head", "embed_tokens")) for _ in range(2))
-    memory.known[plain.model] = memory.Limits(packs=False, tokens=1, checkpointing=False)
+    memory.known[plain.model] = limits("row by row")
     before = packed.tensors()
-    losses = train(packed, rows, steps).losses
-    assert memory.known[packed.model].packs
-    assert train(plain, rows, steps).losses == pytest.approx(losses, rel=1e-5)
+    result = train(packed, rows, steps)
+    assert result.layout.kind == "packed"
+    assert train(plain, rows, steps).losses == pytest.approx(result.losses, rel=1e-5)
     after = packed.tensors()
     assert_same(plain.tensors(), after, rtol=1e-3, atol=1e-5)
     whole = [key for key in after if ".lora_" not in key]

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.training.memory import WORTHWHILE_TOKENS, Limits, cut
+from fedtune.training.memory import WORTHWHILE_TOKENS, Limits, cut, is_out_of_memory
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            True,
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("The size of tensor a (8) must match the size of tensor b (16)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_what_a_model_cannot_do(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_allocator_of_this_machine_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+
+
 def test_cut_by_hand() -> None:
     assert list(cut([3, 4, 5, 9], 8, padded=False)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert list(cut([1, 1, 6], 0, padded=True)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert list(cut([3, 4, 5, 9], 8, padded=True)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
     assert list(cut([1, 1, 6, 1], 9, padded=False)) == [slice(0, 4)]
     assert list(cut([1, 1, 6, 1], 9, padded=True)) == [slice(0, 2), slice(2, 3), slice(3, 4)]
@@ -29,7 +58,7 @@ def test_every_row_is_in_one_pass_within_the_limit(lengths: list[int], limit: in
 
 @given(LENGTHS, st.booleans())
 def test_retreat_ends(lengths: list[int], may_checkpoint: bool) -> None:
-    limits = Limits(packs=True, tokens=2**31, checkpointing=False)
+    limits = Limits(tokens=2**31, checkpointing=False)
     tries = 0
     while limits.retreat(lengths, may_checkpoint=may_checkpoint):
         tries += 1
@@ -39,7 +68,7 @@ def test_retreat_ends(lengths: list[int], may_checkpoint: bool) -> None:
 
 
 def test_passes_shrink_first_and_recompute_once_they_are_small() -> None:
-    limits = Limits(packs=True, tokens=2**31, checkpointing=False)
+    limits = Limits(tokens=2**31, checkpointing=False)
     lengths = [512] * 16
     seen = []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Packed passes against padded ones, and the models that cannot be packed."""
+"""Packed passes against padded ones."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaForCausalLM
 
 from fedtune.data.tokenize import TokenizedRows
 from fedtune.models.adapter import AdaptedModel
 from fedtune.training import packing
+from fedtune.training.layout import choose_layout
 from fedtune.training.packing import (
-    can_pack,
-    fits_window,
+    OwnAttentionTermsError,
     pack,
     packed_attention,
     packed_logits,
@@ -78,56 +77,23 @@ def test_attention_is_switched_back(make: Make) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_plain_llama_can_be_packed(make: Make) -> None:
-    adapted = make()
-    assert can_pack(adapted.base.model, adapted.parameters())
-    assert all(p.grad is None for p in adapted.parameters())
-    half = make(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert can_pack(half.base.model, half.parameters())
-
-
-class NoLogitsToKeep(LlamaForCausalLM):
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, **others: Any) -> Any:  # type: ignore[override]
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **others)
-
-
-class LooksBack(LlamaForCausalLM):
-    """Mixes each token with the one before it, whoever's that is, as a convolution over the tokens would."""
-
-    def forward(self, input_ids: Any = None, logits_to_keep: Any = 0, **others: Any) -> Any:  # type: ignore[override]
-        embedded = self.get_input_embeddings()(input_ids)
-        return super().forward(inputs_embeds=embedded + embedded.roll(1, 1), logits_to_keep=logits_to_keep, **others)
-
-
-@pytest.mark.parametrize("kind", [NoLogitsToKeep, LooksBack])
-def test_models_that_cannot_be_packed_are_found(make: Make, kind: type) -> None:
-    adapted = make(kind=kind)
-    assert not can_pack(adapted.base.model, adapted.parameters())
-    assert adapted.base.model.config._attn_implementation == "sdpa"
-
-
-def test_a_leak_between_rows_is_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = make()
-    monkeypatch.setitem(
-        AttentionInterface._global_mapping, packing.ATTENTION, AttentionInterface._global_mapping["sdpa"]
-    )
-    assert not can_pack(adapted.base.model, adapted.parameters())
-
-
 def test_attention_with_terms_of_its_own_is_refused() -> None:
     q = torch.zeros(1, 2, 3, 8)
     starts = torch.tensor([0, 3])
-    with pytest.raises(NotImplementedError):
-        packing._attend(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, row_lengths=(3,), softcap=30.0)
-
-
-def test_rows_must_fit_the_models_window(make: Make) -> None:
-    model = make().base.model
-    assert fits_window(model, 10**6)
-    model.config.sliding_window = 16
-    assert fits_window(model, 16)
-    assert not fits_window(model, 17)
+    own: dict[str, Any] = {"cu_seq_lens_q": starts, "row_lengths": (3,)}
+    with pytest.raises(OwnAttentionTermsError, match="softcap"):
+        packing._attend(torch.nn.Identity(), q, q, q, None, softcap=30.0, **own)
+    with pytest.raises(OwnAttentionTermsError, match="masks of its own"):
+        packing._attend(torch.nn.Identity(), q, q, q, torch.zeros(1, 1, 3, 3), **own)
+    with pytest.raises(OwnAttentionTermsError, match="looks back 2 tokens"):
+        packing._attend(torch.nn.Identity(), q, q, q, None, sliding_window=2, **own)
+    with pytest.raises(OwnAttentionTermsError, match="where rows start"):
+        packing._attend(torch.nn.Identity(), q, q, q, None)
+    both_ways = torch.nn.Identity()
+    both_ways.is_causal = False
+    with pytest.raises(OwnAttentionTermsError, match="later tokens"):
+        packing._attend(both_ways, q, q, q, None, **own)
+    packing._attend(torch.nn.Identity(), q, q, q, None, sliding_window=3, **own)
 
 
 @pytest.mark.gpu
@@ -137,7 +103,7 @@ def test_packed_kernel_on_a_gpu_agrees_with_padded(make: Make, rows: TokenizedRo
     ids, prompts = list(rows.input_ids[:9]), rows.prompt_lengths[:9].tolist()
     batch = pack(ids, prompts, torch.device("cuda"))
     with torch.autocast("cuda", torch.bfloat16):
-        assert can_pack(adapted.base.model, adapted.parameters())
+        assert choose_layout(adapted.base.model, adapted.parameters(), 40).kind == "packed"
         padded = summed_loss(padded_logits(adapted.model, batch), batch)
         with packed_attention(adapted.base.model):
             packed = summed_loss(packed_logits(adapted.model, batch), batch)
