@@ -42,16 +42,14 @@ class ModelConfig(Section):
     """Run the model's own Python code; of a model on the hub only with a full commit hash as `model.revision`."""
 
     @property
-    def is_local(self) -> bool:
-        """Whether `base` is built in or a folder rather than a model on the hub."""
-        if self.base == BUILTIN_TINY or self.base.startswith((".", "/", "~")) or self.base.count("/") > 1:
-            return True
-        return Path(self.base).is_dir()
+    def is_folder(self) -> bool:
+        """Whether `base` is a folder rather than built in or a model on the hub."""
+        return self.base.startswith((".", "/", "~")) or self.base.count("/") > 1 or Path(self.base).is_dir()
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
         pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "")
-        if self.trust_remote_code and not pinned and not self.is_local:
+        if self.trust_remote_code and not pinned and not self.is_folder:
             raise ValueError("trust_remote_code needs model.revision to be a commit hash of 40 hex digits")
         if self.dequantize == "on" and self.quantization in ("int8", "none"):
             raise ValueError(

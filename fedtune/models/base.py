@@ -109,8 +109,7 @@ def load_base(config: ModelConfig) -> Base:
     dequantized = worth_dequantizing(model, config, dtype, free_memory_bytes(device))
     if dequantized:
         dequantize(model, dtype)
-    exact = dtype == torch.float32 and config.quantization != "int8"
-    check_causal(model, tokenizer, config.base, exact=exact)
+    check_causal(model, tokenizer, config, dtype)
     check_loading(model, report, headers, config.base)
     check_agreement(model, tokenizer, config.base)
     return Base(model, tokenizer, revision, device, dtype, dequantized, stored)

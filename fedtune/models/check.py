@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedModel
 
+from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.models.stored import NAMED, Headers, StoredTensor, name_some
 
@@ -202,7 +203,7 @@ def probe_tokens(model: Any, tokenizer: Any) -> torch.Tensor:
     return torch.tensor([row, [*row[:-1], other[-1]], [*row[:half], *other[half:]]])
 
 
-def check_causal(model: Any, tokenizer: Any, base: str, *, exact: bool) -> None:
+def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.dtype) -> None:
     """Refuse a model whose logits depend on later tokens.
 
     Rows that differ in their last tokens go through the model together. Where their earlier logits differ at all, which
@@ -211,13 +212,14 @@ def check_causal(model: Any, tokenizer: Any, base: str, *, exact: bool) -> None:
     Args:
         model: Frozen, in evaluation mode.
         tokenizer: The model's.
-        base: The base's name.
-        exact: Whether the arithmetic is float32 and no weight is quantized to int8.
+        config: Which base, and how its weights are held.
+        dtype: Arithmetic of the forward pass.
 
     Raises:
         ConfigError: the model is not causal.
         MissingError: it cannot compute.
     """
+    base = config.base
     ids = probe_tokens(model, tokenizer).to(model.get_input_embeddings().weight.device)
     half = PROBE_TOKENS // 2
     try:
@@ -226,9 +228,10 @@ def check_causal(model: Any, tokenizer: Any, base: str, *, exact: bool) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        quantized = config.quantization != "none"
         raise MissingError(
-            f"{base} fails on {ids.numel()} tokens ({type(error).__name__}: {first_line(error)}).",
-            hint="Choose another model.base, or a revision that fits the installed transformers.",
+            f"{base} fails with model.quantization = {config.quantization} ({type(error).__name__}: {first_line(error)}).",
+            hint="Try --set model.quantization=none." if quantized else "Choose another model.base or revision.",
         ) from error
     if logits.shape[:2] != ids.shape:
         problem = f"{base} ({type(model).__name__}) is not causal: it does not compute logits for every token of a row"
@@ -240,6 +243,7 @@ def check_causal(model: Any, tokenizer: Any, base: str, *, exact: bool) -> None:
     share = float(moved.max() / spread) if spread > 0 else 0.0
     if share == 0:
         return
+    exact = dtype == torch.float32 and config.quantization != "int8"
     gradient = _later_gradient(model, ids[:1], half)
     causal = share <= (_EXACT if exact else _ROUNDED) if gradient is None else gradient < _LEAST_GRADIENT
     if not causal:
@@ -263,12 +267,15 @@ def _later_gradient(model: Any, ids: torch.Tensor, half: int) -> float | None:
         with torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, half - 1].float()  # (vocabulary,)
             weights = torch.linspace(-1, 1, len(logits), device=logits.device)
-            (gradient,) = torch.autograd.grad((logits * weights).sum(), outputs[:1])  # (1, tokens, width)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), outputs[:1])
     except (RuntimeError, NotImplementedError, IndexError):
         return None
     finally:
         handle.remove()
-    sizes = gradient[0].float().norm(dim=-1)
+    # (1, tokens, width), or (tokens, 1, width) where the model puts time first.
+    sizes = gradient.float().reshape(-1, gradient.shape[-1]).norm(dim=-1)
+    if len(sizes) != ids.shape[1]:
+        return None
     if not bool(sizes.isfinite().all()) or not bool(sizes[:half].max() > 0):
         return None
     return float(sizes[half:].max() / sizes[:half].max())
