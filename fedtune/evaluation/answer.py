@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fedtune.errors import MissingError
 from fedtune.models.base import Base
+from fedtune.models.check import ends_of_text
 
 Tokens = tuple[int, ...]
 
@@ -227,20 +228,18 @@ def _answer_batch(
     columns = torch.stack(chosen, dim=1).tolist()
     replies = []
     for place, tokens, gap in zip(batch, columns, gaps, strict=True):
-        kept = _until_stop(tokens[: requests[place].new_tokens], stops)
+        kept = until_stop(tokens[: requests[place].new_tokens], stops)
         replies.append(Reply(place, base.tokenizer.decode(kept, skip_special_tokens=True), gap))
     return replies
 
 
 def stop_tokens(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer: those of the model's generation config, else the tokenizer's EOS."""
-    ends = base.model.generation_config.eos_token_id
-    if ends is None:
-        ends = base.tokenizer.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    """Return the tokens that end an answer: the tokenizer's EOS, which training teaches, and the generation config's."""
+    return frozenset(ends_of_text(base.model, base.tokenizer))
 
 
-def _until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
+def until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
+    """Return the tokens before the first that ends an answer."""
     kept: list[int] = []
     for token in tokens:
         if token in stops:

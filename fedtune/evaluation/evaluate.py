@@ -28,6 +28,7 @@ from fedtune.evaluation.official import (
     answer_part,
     new_tokens,
 )
+from fedtune.evaluation.question_check import check_questions
 from fedtune.evaluation.scoring import Answer, Score, score
 from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
 from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdaptedModel, attach_saved, read_adapter
@@ -335,6 +336,8 @@ def _replies(
     benchmark = questions.selection.benchmark
     asked = questions.questions
     if benchmark.answer_type == "sentiment" and settings.mode == "official":
+        cut = {q.prompt: ids[:FINANCE_LENGTH] for q, ids in zip(asked, tokenize(base, [q.prompt for q in asked]), strict=True)}
+        _requests(base, settings, questions, cut)  # checks them
         yield from _finance_replies(base, [question.prompt for question in asked], known)
         return
     places: dict[str, list[int]] = {}
@@ -373,10 +376,14 @@ def _requests(
 ) -> list[Request]:
     """Return a request for each prompt of `tokens`, with as many new tokens as the protocol allows."""
     if questions.selection.benchmark.answer_type == "sentiment":
-        return [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in tokens.values()]
-    counts = new_tokens(base, questions.questions, settings.batch_size)
-    limits = {question.prompt: count for question, count in zip(questions.questions, counts, strict=True)}
-    return [Request(ids, limits[prompt]) for prompt, ids in tokens.items()]
+        requests = [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in tokens.values()]
+    else:
+        counts = new_tokens(base, questions.questions, settings.batch_size)
+        limits = {question.prompt: count for question, count in zip(questions.questions, counts, strict=True)}
+        requests = [Request(ids, limits[prompt]) for prompt, ids in tokens.items()]
+    places = {question.prompt: place for place, question in enumerate(questions.questions)}
+    check_questions(base, questions.selection.name, {prompt: places[prompt] for prompt in tokens}, requests)
+    return requests
 
 
 def _output(benchmark: Benchmark, text: str) -> str:
