@@ -7,6 +7,7 @@ the base, comes to the same result.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import ParamWrapper
@@ -24,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
 from fedtune.config.strategies import PRODUCT_STRATEGIES
 from fedtune.errors import ConfigError, Problem
+
+log = logging.getLogger(__name__)
 
 _ATTENTION = re.compile(
     r"(q|k|v|o|qkv|kv|out|query|key|value|query_key_value|qkv_proj|in_proj(_\w+)?|attn_(q|k|v|o|qkv)"
@@ -53,6 +57,11 @@ class Targets:
     """What the user should know, one sentence each."""
 
 
+_resolved: dict[tuple[type, str, AdapterConfig], Targets] = {}
+_KEPT = 16
+"""Results that are kept, as a plan and the run after it ask for the same one."""
+
+
 def empty_copy(model: Any) -> Any:
     """Return a copy of a transformers model without memory for its weights, without adapter and quantization."""
     config = copy.deepcopy(model.config)
@@ -73,6 +82,15 @@ def resolve_targets(empty: Any, adapter: AdapterConfig) -> Targets:
         ConfigError: `adapter.targets` names what this model does not have or PEFT cannot adapt, or the settings do not go
             with what is targeted.
     """
+    key = (type(empty), empty.config.to_json_string(), adapter)
+    if key not in _resolved:
+        if len(_resolved) >= _KEPT:
+            _resolved.clear()
+        _resolved[key] = _resolve(empty, adapter)
+    return _resolved[key]
+
+
+def _resolve(empty: Any, adapter: AdapterConfig) -> Targets:
     notes: list[str] = []
     config = _requested(empty, adapter, notes)
     config.lora_dropout = 0.0
@@ -168,9 +186,14 @@ def _requested(model: Any, adapter: AdapterConfig, notes: list[str]) -> LoraConf
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     config = lora_config(adapter)
     if adapter.targets == "default":
-        if (model.config.model_type not in PEFT_DEFAULTS) and (found := _default_targets(model, linear)):
+        # Given in full: where PEFT renames targets of stacked experts first, it forgets to look up the default.
+        known = PEFT_DEFAULTS.get(model.config.model_type)
+        if known is not None:
+            config.target_modules = known if isinstance(known, str) else set(known)
+        elif found := _default_targets(model, linear):
             config.target_modules = set(found)
-            notes.append(f"PEFT has no default targets for {model.config.model_type}: the adapter is on {_listed(found)}")
+            listed = ", ".join(found)
+            notes.append(f"PEFT has no default targets for {model.config.model_type}: the adapter is on {listed}")
     elif isinstance(adapter.targets, tuple):
         _sort_out(model, adapter.targets, linear, config)
     try:
@@ -242,7 +265,7 @@ def _attached(model: Any, config: LoraConfig) -> Any:
         if "use_dora" in str(error):
             problem = "PEFT has no DoRA for experts that are stacked in one parameter"
             raise ConfigError([Problem("adapter.dora", problem)]) from error
-        problem = str(error).splitlines()[0].rstrip(".")
+        problem = re.sub(r"^\[PEFT:.*?\] ", "", str(error).splitlines()[0]).rstrip(".")
         if config.target_modules is None:
             names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             problem = f"PEFT knows no default for {model.config.model_type}; name some of {names}"
@@ -264,13 +287,23 @@ def _reached_by_gradient(model: Any) -> set[str] | None:
         for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
             if getattr(config, setting, None) is not None:
                 setattr(config, setting, value)
-    ids = torch.zeros((1, 4), dtype=torch.long, device="meta")
     base.eval()
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        # Tensors that have a shape and a device, and no values: some operations do not know the meta device.
+        with FakeTensorMode(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            base(input_ids=ids, use_cache=False).logits.sum().backward()
-    except Exception:
+            for module in base.modules():
+                for name, held in list(module._parameters.items()):
+                    if held is not None:
+                        fake = torch.empty(held.shape, dtype=held.dtype)
+                        module._parameters[name] = torch.nn.Parameter(fake, held.requires_grad)
+                for name, buffer in list(module._buffers.items()):
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            ids = torch.zeros((1, 4), dtype=torch.long)
+            base(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    except Exception as error:
+        log.debug("%s cannot be tried out without weights: %s", base.config.model_type, error)
         return None
     found = {
         name.partition(".lora_")[0].replace(".base_layer", "")
