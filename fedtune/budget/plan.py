@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from fedtune.budget.count import Shapes, wire_bytes
 from fedtune.budget.envelope import Span, message_span, reply_span
@@ -13,6 +14,9 @@ from fedtune.budget.traffic import down_shapes, groups_of_rounds, sample, up_sha
 from fedtune.budget.traffic import kind as kind_of
 from fedtune.config.facts import known_architecture
 from fedtune.config.schema import FedTuneConfig
+
+if TYPE_CHECKING:
+    from fedtune.models.shapes import AdapterForm
 
 Kind = tuple[int, int]
 """What the shapes of a message depend on, beside the config (`traffic.kind`)."""
@@ -65,6 +69,8 @@ class Plan:
     serialised_down: Span
     serialised_up: Span
     serialised_total: Span
+    notes: tuple[str, ...] = ()
+    """What the user should know of the adapter, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,10 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         MissingError: the base's config.json is needed for the adapter's shapes and cannot be had.
         ConfigError: the base is no language model, or has no such modules.
     """
+    notes: tuple[str, ...] = ()
     if shapes is None:
-        shapes = shapes_of(config)
+        form = _form_of(config)
+        shapes, notes = form.shapes, form.notes
     sizes = Sizes(config, shapes)
     federation = config.federation
     groups = [(sizes.kinds(number), count) for number, count in groups_of_rounds(config, shapes)]
@@ -136,6 +144,7 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         serialised_down=_sum(spans[kind][0].times(count) for kind, count in counts.items()),
         serialised_up=_sum(spans[kind][1].times(count) for kind, count in counts.items()),
         serialised_total=_sum(_sum(spans[kind]).times(count) for kind, count in counts.items()),
+        notes=notes,
     )
 
 
@@ -202,9 +211,18 @@ def shapes_of(config: FedTuneConfig) -> Shapes:
     Raises:
         MissingError, ConfigError: as `plan` does.
     """
-    from fedtune.models.shapes import adapter_shapes
+    return _form_of(config).shapes
 
-    return adapter_shapes(config.model, config.adapter, known_architecture(config))
+
+def _form_of(config: FedTuneConfig) -> AdapterForm:
+    from fedtune.models.shapes import adapter_form
+
+    form = adapter_form(config.model, config.adapter, known_architecture(config))
+    if form.not_linear:
+        from fedtune.models.targets import check_strategy
+
+        check_strategy(config, form.not_linear)
+    return form
 
 
 def transfer_time(planned: Plan, *, uplink: float, downlink: float) -> TransferTime:

@@ -14,6 +14,10 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies import FlexLoRA, StrategyOptions
 
 A, B = ".lora_A.weight", ".lora_B.weight"
+RANDOM = (A, ".lora_embedding_B")
+"""Endings of the factors that start with random values. An embedding's are named the other way round: its B is the random one."""
+ZERO = (B, ".lora_embedding_A")
+"""Endings of the factors that start as zero."""
 CONTROL = "control."
 OFFSET, OFFSET_A, OFFSET_B = ".offset", ".offset_A", ".offset_B"
 OFFSET_STRATEGIES = ("flora", "fedex-lora")
@@ -23,9 +27,9 @@ OFFSET_STRATEGIES = ("flora", "fedex-lora")
 def is_trained(strategy: StrategyOptions, name: str, server_round: int) -> bool:
     """Whether clients train the adapter's tensor `name` in a round (from 1), and so send it back."""
     if strategy.name == "ffa-lora":
-        return not name.endswith(A)
+        return not name.endswith(RANDOM)
     if strategy.name == "rolora":
-        return not name.endswith(A if server_round % 2 else B)
+        return not name.endswith(RANDOM if server_round % 2 else ZERO)
     return True
 
 
@@ -49,7 +53,7 @@ def down_shapes(
     """
     strategy = config.strategy
     if strategy.name == "ffa-lora":
-        return {name: shape for name, shape in shapes.items() if not name.endswith(A)}
+        return {name: shape for name, shape in shapes.items() if not name.endswith(RANDOM)}
     if strategy.name == "flexlora":
         return _with_rank(shapes, rank_of(config, partition))
     if strategy.name == "scaffold":

@@ -166,6 +166,7 @@ def _show_plan(resolved: ResolvedConfig, as_json: bool) -> None:
             f"{planned.parameters:,} parameters in the adapter, {to_mib(planned.message_bytes):,.2f} MiB a message",
             f"{to_mib(planned.round_bytes):,.2f} MiB a round, {to_mib(planned.total_bytes):,.2f} MiB in total, "
             f"{to_mib(planned.total_bytes) / config.communication.cap_mib:.2%} of the cap",
+            *planned.notes,
         ]
     else:
         lines.append(f"bytes unknown: {unknown}")

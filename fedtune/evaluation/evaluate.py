@@ -31,7 +31,8 @@ from fedtune.evaluation.official import (
 from fedtune.evaluation.question_check import check_questions
 from fedtune.evaluation.scoring import Answer, Score, score
 from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
-from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdaptedModel, attach_saved, read_adapter
+from fedtune.models import integrity
+from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdaptedModel, attach_saved, read_adapter, reading_config
 from fedtune.models.base import Base, compute_dtype, load_base
 from fedtune.models.hub import resolve_base
 from fedtune.runs.atomic import alone_in, write_json
@@ -161,6 +162,7 @@ class Bench:
         """The base model."""
         if self._base is None:
             self._base = load_base(self.config)
+            integrity.watch(self._base.model)
         return self._base
 
     def put_on(self, subject: Subject) -> Base:
@@ -175,6 +177,17 @@ class Bench:
             self._adapted, self._settings = attach_saved(self.base, saved), settings
         self._adapted.load(saved.tensors)
         return self.base
+
+    def check_base(self, subject: Subject) -> None:
+        """Check that the subject has left the base as it was loaded.
+
+        Raises:
+            FedTuneError: it has not.
+        """
+        if self._adapted is not None:
+            self._adapted.check_base(f"after {subject.name} was evaluated")
+        elif self._base is not None:
+            integrity.check(self._base.model, f"after {subject.name} was evaluated")
 
     def _take_off(self) -> None:
         if self._adapted is not None:
@@ -198,6 +211,7 @@ def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalRe
     for subject in settings.subjects:
         for questions in sets:
             results.append(_score_one(bench, settings, subject, questions, listener))
+        bench.check_base(subject)
     return finish(settings, results)
 
 
@@ -217,7 +231,7 @@ def check_adapters(subjects: Sequence[Subject]) -> None:
     """
     for subject in subjects:
         if subject.folder is not None:
-            read_adapter(subject.folder)
+            reading_config(read_adapter(subject.folder))
 
 
 def identity(bench: Bench, subject: Subject) -> dict[str, Any]:

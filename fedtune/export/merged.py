@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import FedTuneError, MissingError
@@ -29,7 +32,7 @@ from fedtune.export.card import card
 from fedtune.export.finished import FinishedRun
 from fedtune.export.folder import TOKENIZER_FILES, about_files, base_files, notes
 from fedtune.export.package import MANIFEST, Exported, Package, make_room, package
-from fedtune.models.adapter import MAGNITUDE, AdapterError, attach_saved
+from fedtune.models.adapter import MAGNITUDE, AdapterError, attach_saved, reading_config
 from fedtune.models.base import Base, check_code, free_memory_bytes, load_base
 from fedtune.models.hub import resolve_base
 from fedtune.runs.atomic import write_folder
@@ -62,14 +65,25 @@ class Target:
     """What becomes of one of the base's tensors."""
 
     lora_a: torch.Tensor
-    """(rank, in_features)"""
+    """(rank, in_features); of an embedding (rank, vocabulary); of stacked experts (experts · rank, in_features)."""
     lora_b: torch.Tensor
-    """(out_features, rank)"""
+    """(out_features, rank); of an embedding (embedding_dim, rank); of stacked experts (out_features, rank · experts)."""
     scale: float
     transposed: bool
-    """The weight is stored as (in_features, out_features): transformers' Conv1D."""
+    """The weight is stored as (in_features, out_features): transformers' Conv1D, and embeddings."""
     magnitude: torch.Tensor | None
     """DoRA's, (out_features,)."""
+    experts: int = 1
+    """Experts that lie in one parameter, (experts, out_features, in_features)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the base's files that is a part of one of the model's parameters, such as one expert's weight."""
+
+    parameter: str
+    """The parameter's name in the model."""
+    target: Target
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,10 @@ class Merge:
     """What is done to the base's tensors, by the names that they have in its files."""
 
     targets: Mapping[str, Target]
+    parts: Mapping[str, Part]
+    """Tensors that the model puts together with others when it is loaded."""
+    model: Any
+    """PEFT's model without weights, which knows how."""
     replaced: Mapping[str, torch.Tensor]
     """Modules that were trained whole."""
     split: Mapping[str, str]
@@ -163,31 +181,73 @@ def plan_merge(finished: FinishedRun, folder: Path) -> Merge:
     names = _names_of(folder)
     left = dict(finished.saved.tensors)
     targets: dict[str, Target] = {}
+    parts: dict[str, Part] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, LoraLinear):
+        if not isinstance(module, LoraLayer) or "default" not in module.scaling:
             continue
-        variant = type(module.lora_variant.get("default")).__name__
-        if variant not in ("NoneType", "DoraLinearVariant") or module.lora_bias["default"]:
-            raise MissingError(f"{finished.name} is of a kind of LoRA that is not merged ({variant}).")
-        try:
-            lora_a, lora_b = (left.pop(f"{path}.lora_{letter}.weight") for letter in "AB")
-            magnitude = left.pop(f"{path}.{MAGNITUDE}") if module.use_dora["default"] else None
-        except KeyError as error:
-            raise AdapterError(f"{finished.name} lacks {error}.", hint="Copy the adapter anew.") from None
-        targets[_stored_name(f"{path.removeprefix(_PREFIX)}.weight", names, tied, model)] = Target(
-            lora_a, lora_b, module.scaling["default"], module.fan_in_fan_out, magnitude
+        target, parameter = _target(finished, path, module, left)
+        name = f"{path.removeprefix(_PREFIX).replace('.base_layer', '')}.{parameter}"
+        stored = _stored_names(name, names, tied, model)
+        if len(stored) == 1 and not stored[0].part:
+            targets[stored[0].name] = target
+        else:
+            parts |= {each.name: Part(name, target) for each in stored}
+    if tokens := next((key for key in left if ".token_adapter." in key), None):
+        raise AdapterError(
+            f"{finished.name} trains single tokens (trainable_token_indices), which are not merged: {tokens}.",
+            hint="Use --to folder: PEFT puts the adapter on the model when it is loaded.",
         )
     saved = finished.saved.config.get("modules_to_save") or ()
-    whole = [key for key in left if any(f".{name}." in key for name in saved)]
-    replaced = {
-        _stored_name(key.removeprefix(_PREFIX), names, tied, model): left.pop(key) for key in whole
-    }  # PEFT saves a module that was trained whole under its own name
+    own = {name.replace(".base_layer", "") for name, _ in model.get_base_model().named_parameters()}
+    replaced = {}
+    for key in list(left):
+        # PEFT saves a module that was trained whole under its own name, and the base's biases and embeddings likewise.
+        name = key.removeprefix(_PREFIX).replace(".base_layer", "")
+        if any(f".{module}." in key for module in saved) or name in own:
+            found = _stored_names(name, names, tied, model)
+            if len(found) != 1 or found[0].part:
+                raise AdapterError(
+                    f"{finished.name} holds {name} whole, which the base's files hold in parts: it is not merged.",
+                    hint="Use --to folder: PEFT puts the adapter on the model when it is loaded.",
+                )
+            replaced[found[0].name] = left.pop(key)
     if left:
         raise AdapterError(f"The base has no place for {min(left)} of {finished.name}.", hint="Name its own base.")
     changed = {*targets, *replaced}
-    groups = [(key, _stored_name(other, names, {}, model)) for key, other in tied.items()]
+    groups = [(key, _stored_names(other, names, {}, model)[0].name) for key, other in tied.items()]
     untied = {key: other for key, other in groups if key in changed or other in changed}
-    return Merge(targets, replaced, {key: other for key, other in untied.items() if key not in names}, bool(untied))
+    split = {key: other for key, other in untied.items() if key not in names}
+    return Merge(targets, parts, model, replaced, split, bool(untied))
+
+
+def _target(
+    finished: FinishedRun, path: str, module: LoraLayer, left: dict[str, torch.Tensor]
+) -> tuple[Target, str]:
+    """Return what an adapted module adds, and the name of its parameter; its tensors are taken out of `left`."""
+    variant = type(module.lora_variant.get("default")).__name__
+    embedding, stacked = isinstance(module, LoraEmbedding), isinstance(module, ParamWrapper)
+    kind = variant if variant not in ("NoneType", "DoraLinearVariant", "DoraEmbeddingVariant") else ""
+    if not (embedding or stacked or isinstance(module, LoraLinear)):
+        kind = type(module).__name__
+    if module.lora_bias["default"]:
+        kind = "lora_bias"
+    if kind:
+        raise MissingError(
+            f"{finished.name} is of a kind of LoRA that is not merged ({kind}).",
+            hint="Use --to folder: PEFT puts the adapter on the model when it is loaded.",
+        )
+    ends = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    try:
+        lora_a, lora_b = (left.pop(f"{path}.{end}") for end in ends)
+        magnitude = left.pop(f"{path}.{MAGNITUDE}") if module.use_dora["default"] else None
+    except KeyError as error:
+        raise AdapterError(f"{finished.name} lacks {error}.", hint="Copy the adapter anew.") from None
+    scale = module.scaling["default"]
+    if isinstance(module, ParamWrapper):
+        # Some models store (experts, in_features, out_features).
+        turned = module.num_experts > 1 and not module._did_swap_in_out_features
+        return Target(lora_a, lora_b, scale, turned, None, module.num_experts), module.parameter_name
+    return Target(lora_a, lora_b, scale, embedding or module.fan_in_fan_out, magnitude), "weight"
 
 
 def merged_tensor(weight: torch.Tensor, target: Target) -> torch.Tensor:
@@ -198,12 +258,39 @@ def merged_tensor(weight: torch.Tensor, target: Target) -> torch.Tensor:
         target: What is added.
     """
     # PEFT's order of operations, in one buffer: (out_features, in_features).
-    merged = (target.lora_b.float() @ target.lora_a.float()).mul_(target.scale)
-    merged.add_(weight.T if target.transposed else weight)
+    merged = _update(target)
+    merged.add_(weight.mT if target.transposed else weight)
     if target.magnitude is not None:
         norm = torch.linalg.norm(merged, dim=1, keepdim=True)
         merged.mul_(target.magnitude.float().view(-1, 1) / norm)
-    return (merged.T if target.transposed else merged).to(weight.dtype).contiguous()
+    return (merged.mT if target.transposed else merged).to(weight.dtype).contiguous()
+
+
+def _update(target: Target) -> torch.Tensor:
+    """Return s·B·A, (out_features, in_features), or one for each expert: (experts, out_features, in_features)."""
+    lora_a, lora_b = target.lora_a.float(), target.lora_b.float()
+    if target.experts > 1:
+        lora_a = lora_a.reshape(target.experts, -1, lora_a.shape[-1])
+        lora_b = lora_b.reshape(lora_b.shape[0], -1, target.experts)
+        return torch.einsum("o r e, e r i -> e o i", lora_b, lora_a).mul_(target.scale)
+    return (lora_b @ lora_a).mul_(target.scale)
+
+
+class _Parts:
+    """The updates of tensors that are parts of one parameter; those of one parameter are kept at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.parameter = model, ""
+        self.updates: dict[str, torch.Tensor] = {}
+
+    def update(self, name: str, part: Part) -> torch.Tensor:
+        """Return what is added to the tensor `name` of the base's files."""
+        if part.parameter != self.parameter:
+            update = _update(part.target)
+            whole = update.mT.contiguous() if part.target.transposed else update
+            self.updates = revert_weight_conversion(self.model.get_base_model(), {part.parameter: whole})
+            self.parameter = part.parameter
+        return self.updates[name]
 
 
 def write_shards(
@@ -217,10 +304,11 @@ def write_shards(
     """
     shards = _shards(_stored(folder, merge), shard_bytes)
     total, written = sum(tensor.bytes for tensors in shards.values() for tensor in tensors), 0
+    parts = _Parts(merge.model)
     for name, tensors in shards.items():
         buffer = {}
         for tensor in tensors:
-            buffer[tensor.name] = _merged_from(tensor, merge)
+            buffer[tensor.name] = _merged_from(tensor, merge, parts)
             written += tensor.bytes
             if listener is not None:
                 listener(written, total)
@@ -285,24 +373,26 @@ def _shards(tensors: Iterator[_Stored], shard_bytes: int) -> dict[str, list[_Sto
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _merged_from(stored: _Stored, merge: Merge) -> torch.Tensor:
+def _merged_from(stored: _Stored, merge: Merge, parts: _Parts) -> torch.Tensor:
     with safe_open(stored.file, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(stored.source)
-    target = merge.targets.get(stored.name)
+    merged = tensor
     if stored.name in merge.replaced:
         merged = merge.replaced[stored.name].to(tensor.dtype).contiguous()
         if merged.shape != tensor.shape:
             raise AdapterError(
                 f"{stored.name} is {tuple(tensor.shape)} in the base, {tuple(merged.shape)} in the adapter."
             )
-    elif target is None:
+    try:
+        if (target := merge.targets.get(stored.name)) is not None:
+            merged = merged_tensor(merged, target)
+        elif (part := merge.parts.get(stored.name)) is not None:
+            merged = (parts.update(stored.name, part) + merged).to(tensor.dtype)
+    except RuntimeError as error:
+        raise AdapterError(f"The adapter does not fit {stored.name} {tuple(tensor.shape)}: {error}") from None
+    if merged is tensor:
         # Two names of one storage cannot go into one file.
         return tensor.clone() if stored.name != stored.source else tensor
-    else:
-        try:
-            merged = merged_tensor(tensor, target)
-        except RuntimeError as error:
-            raise AdapterError(f"The adapter does not fit {stored.name} {tuple(tensor.shape)}: {error}") from None
     if not merged.isfinite().all():
         raise FedTuneError(f"The merged {stored.name} holds a value that {tensor.dtype} cannot.")
     return merged
@@ -320,20 +410,38 @@ def _on_meta(finished: FinishedRun, folder: Path) -> Any:
                 hint="Name the unquantized base in the run's config, or use --to folder.",
             )
         empty = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-        known = set(LoraConfig().to_dict()) - {"base_model_name_or_path"}
-        settings = LoraConfig(**{key: value for key, value in finished.saved.config.items() if key in known})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nothing is trained here, and nothing kept
-            return get_peft_model(empty, settings, low_cpu_mem_usage=True)
+            try:
+                return get_peft_model(empty, reading_config(finished.saved), low_cpu_mem_usage=True)
+            except (ValueError, TypeError, ImportError) as error:
+                raise AdapterError(f"{finished.name} does not fit its base: {error}") from error
 
 
-def _stored_name(name: str, names: set[str], tied: Mapping[str, str], model: Any) -> str:
-    """Return the name that the base's files give a parameter: its own, or without the model's prefix, as GPT-2's have it."""
+@dataclass(frozen=True)
+class _Place:
+    """Where the base's files hold a parameter, or a part of it."""
+
+    name: str
+    part: bool
+
+
+def _stored_names(name: str, names: set[str], tied: Mapping[str, str], model: Any) -> list[_Place]:
+    """Return the names that the base's files give a parameter.
+
+    That is its own, one without the model's prefix, as GPT-2's have it, or what transformers makes it of when it loads the base.
+    """
     if name in names or name in tied:
-        return name
-    bare = name.removeprefix(f"{model.get_base_model().base_model_prefix}.")
+        return [_Place(name, part=False)]
+    base = model.get_base_model()
+    bare = name.removeprefix(f"{base.base_model_prefix}.")
     if bare in names:
-        return bare
+        return [_Place(bare, part=False)]
+    own = {key.replace(".base_layer", ""): parameter for key, parameter in base.named_parameters()}
+    if name in own:
+        found = revert_weight_conversion(base, {name: own[name].detach()})
+        if found and found.keys() <= names:
+            return [_Place(key, part=len(found) > 1 or tensor.shape != own[name].shape) for key, tensor in found.items()]
     raise AdapterError(
         f"The base's files hold no {name}, which the adapter changes.",
         hint="Use --to folder: PEFT puts the adapter on the model when it is loaded.",

@@ -19,6 +19,7 @@ from fedtune.data.order import steps_of_round
 from fedtune.data.tokenize import TokenizedRows
 from fedtune.federation.workspace import Workspace, workspace_of
 from fedtune.models.adapter import initial_tensors, write_adapter
+from fedtune.models.shapes import read_back
 from fedtune.training.local import train_locally
 from fedtune.training.schedule import learning_rate
 
@@ -107,5 +108,6 @@ def _train_alone(
         config.adapter,
         base_name=config.model.base,
         revision=workspace.base.revision,
-        target_modules=adapted.target_modules,
+        resolved=adapted.resolved,
+        read_back=partial(read_back, config.model) if number == 0 else None,
     )

@@ -141,6 +141,7 @@ def train(message: Message, context: Context) -> Message:
         )
     finally:
         adapted.set_offset({})
+    adapted.check_base(f"after client {partition} trained")
     metrics = MetricRecord(
         {
             "server-round": server_round,

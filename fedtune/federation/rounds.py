@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -61,8 +62,10 @@ class Rounds:
         run: RunDirectory,
         *,
         initial: AdapterTensors,
-        target_modules: Sequence[str],
+        target_modules: Sequence[str] = (),
         revision: str | None,
+        resolved: Mapping[str, Any] | None = None,
+        read_back: Callable[[Path, Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Set up the loop.
 
@@ -71,13 +74,17 @@ class Rounds:
             config: The run's config.
             run: Where the run is kept; a state in it is continued.
             initial: The adapter before round 1, names to float32 tensors.
-            target_modules: Module names that the adapter is attached to, for its `adapter_config.json`.
+            target_modules: Module names that the adapter is attached to, where `resolved` is not given.
             revision: Commit of the base model, None for a local one.
+            resolved: PEFT's resolved config of the adapter, for its `adapter_config.json`.
+            read_back: Loads the first adapter that is saved with PEFT, and compares it (`models.shapes.read_back`).
         """
         self.grid = grid
         self.config = config
         self.run = run
         self.target_modules = list(target_modules)
+        self.resolved = resolved
+        self.read_back = read_back
         self.revision = revision
         self.tensors = initial
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
@@ -390,7 +397,10 @@ class Rounds:
             base_name=self.config.model.base,
             revision=self.revision,
             target_modules=self.target_modules,
+            resolved=self.resolved,
+            read_back=self.read_back,
         )
+        self.read_back = None  # every later adapter has the same names and the same config
         tell(AdapterSaved(server_round, folder))
 
     def _restore(self) -> int:

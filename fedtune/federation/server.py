@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,7 +15,8 @@ from fedtune.federation.rounds import Rounds
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.models.adapter import initial_tensors
 from fedtune.models.hub import resolve_base
-from fedtune.models.shapes import adapter_shapes, target_modules
+from fedtune.models.shapes import adapter_form, read_back
+from fedtune.models.targets import check_strategy
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
 from fedtune.runs.log import run_log
@@ -51,14 +52,24 @@ def prepared(grid: Grid, config_json: str, run: RunDirectory) -> Rounds:
     config = workspace.config
     if config.federation.engine == "in-process" or config.adapter.dora or config.adapter.modules_to_save:
         adapted = workspace.adapted
+        check_strategy(config, adapted.targets.not_linear if adapted.targets else ())
         initial = initial_tensors(adapted, config.seed)
-        targets: Sequence[str] = adapted.target_modules
-        revision = workspace.base.revision
+        resolved, revision = adapted.resolved, workspace.base.revision
     else:
-        shapes = adapter_shapes(config.model, config.adapter, known_architecture(config))
-        initial = initial_tensors(shapes, config.seed)
-        targets = target_modules(config.adapter, shapes)
-        revision = config.model.revision
+        form = adapter_form(config.model, config.adapter, known_architecture(config))
+        check_strategy(config, form.not_linear)
+        for note in form.notes:
+            log.warning("%s.", note)
+        initial = initial_tensors(form.shapes, config.seed)
+        resolved, revision = form.resolved, config.model.revision
         if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             revision = resolve_base(config.model, only_config=True).revision
-    return Rounds(grid, config, run, initial=initial, target_modules=targets, revision=revision)
+    return Rounds(
+        grid,
+        config,
+        run,
+        initial=initial,
+        resolved=resolved,
+        read_back=partial(read_back, config.model),
+        revision=revision,
+    )

@@ -6,10 +6,11 @@ in the order of the model's modules.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,15 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.config.schema import AdapterConfig
 from fedtune.errors import ConfigError, MissingError, Problem
+from fedtune.models import integrity
 from fedtune.models.base import Base
+from fedtune.models.targets import Targets, empty_copy, lora_config, quietly_adapted, resolve_targets, set_dropout
 from fedtune.runs.atomic import write_folder
+
+log = logging.getLogger(__name__)
 
 AdapterTensors = dict[str, torch.Tensor]
 """An adapter's tensors by PEFT's saved names."""
@@ -33,9 +38,23 @@ AdapterTensors = dict[str, torch.Tensor]
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 MAGNITUDE = "lora_magnitude_vector"
-_SAVED = ".modules_to_save.default."
 NAMED = 3
 """So many keys of each fault are named; the rest is counted."""
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations (or their first letters) that take the adapter's first product off the base's weights."""
+_NOT_READ = {
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA)",
+    "use_qalora": "QALoRA",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA, which rewrites the base's weights",
+    "velora_config": "VeLoRA",
+    "megatron_config": "Megatron layers",
+}
+"""Keys of PEFT's config whose adapters compute otherwise than LoRA does, with what to call them."""
 
 
 class AdapterError(MissingError):
@@ -54,12 +73,30 @@ class SavedAdapter:
 class AdaptedModel:
     """A base with one adapter attached; clients and rounds swap the adapter's values in place."""
 
-    def __init__(self, base: Base, model: Any) -> None:
+    def __init__(self, base: Base, model: Any, targets: Targets | None = None, whole: Sequence[str] = ()) -> None:
+        """Set up around PEFT's model.
+
+        Args:
+            base: The base, which `model` has been put on.
+            model: PEFT's PeftModel.
+            targets: What the config came to, where this adapter is to be trained.
+            whole: Names of the base's own parameters that come with the adapter: its biases, or resized embeddings.
+        """
         self.base = base
         self.model = model
         """PEFT's PeftModel around `base.model`."""
         self.peft_config: Any = model.peft_config["default"]
+        self.targets = targets
         self._parameters = saved_parameters(model)
+        own = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters |= {key: own[key] for key in whole}
+        of_base = integrity.parameters_of(base.model)
+        self._replaced = {
+            key: (parameter, parameter.detach().clone())
+            for key, parameter in self._parameters.items()
+            if id(parameter) in of_base
+        }
+        """The base's own parameters that the adapter gives other values, with those that the base has."""
         self._offset_hooks: list[Any] = []
         self.from_base = {key: tensor for key, tensor in self.tensors().items() if not _is_lora_matrix(key)}
         """What starts as the base has it: modules to save, and DoRA's magnitudes, the norms of its weights' rows."""
@@ -70,9 +107,15 @@ class AdaptedModel:
         return {key: tuple(parameter.shape) for key, parameter in self._parameters.items()}
 
     @property
-    def target_modules(self) -> tuple[str, ...]:
-        """The modules that are adapted, as PEFT names them."""
-        return tuple(sorted(self.peft_config.target_modules))
+    def resolved(self) -> dict[str, Any]:
+        """PEFT's resolved config, as `adapter_config.json` holds it."""
+        return config_table(self.peft_config)
+
+    @property
+    def target_modules(self) -> tuple[str, ...] | str:
+        """The modules that are adapted, as PEFT names them: names, or a regular expression."""
+        targets = self.peft_config.target_modules
+        return targets if isinstance(targets, str) else tuple(sorted(targets or ()))
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the adapter's own parameters (float32, on the base's device), in key order."""
@@ -100,8 +143,29 @@ class AdaptedModel:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base alone inside this context."""
-        with self.model.disable_adapter():
-            yield
+        held = {key: parameter.detach().clone() for key, (parameter, _) in self._replaced.items()}
+        self._give_back()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            with torch.no_grad():
+                for key, values in held.items():
+                    self._parameters[key].copy_(values)
+
+    def check_base(self, when: str) -> None:
+        """Check that the base's weights are bit for bit what they were when it was loaded.
+
+        Raises:
+            FedTuneError: they are not; the first tensor that differs is named.
+        """
+        integrity.check(self.base.model, when, besides=[parameter for parameter, _ in self._replaced.values()])
+
+    def _give_back(self) -> None:
+        """Put the base's own values back where the adapter has replaced them."""
+        with torch.no_grad():
+            for parameter, values in self._replaced.values():
+                parameter.copy_(values)
 
     def set_offset(self, offset: Mapping[str, torch.Tensor]) -> None:
         """Add `offset` to the base's weights while the model computes, in place of what was added before; {} adds nothing.
@@ -124,6 +188,8 @@ class AdaptedModel:
     def detach(self) -> Base:
         """Take the adapter off and return the base, free for another; this object is of no further use."""
         self.set_offset({})
+        self._give_back()
+        self._replaced = {}
         self.model.unload()
         self._parameters = {}
         return self.base
@@ -145,96 +211,112 @@ def attach(base: Base, adapter: AdapterConfig) -> AdaptedModel:
     """Put a new adapter on `base`, with weights in float32 on its device.
 
     Raises:
-        ConfigError: `adapter.targets` names modules that are no linear layers of this model, or is `default` where PEFT
-            knows no default.
+        ConfigError: `adapter.targets` names what this model does not have, what PEFT cannot adapt, or nothing that training
+            on text reaches.
     """
-    if hasattr(base.model, "peft_config"):
-        raise RuntimeError("the base still carries an adapter: detach that one first")
-    model = peft_model(base.model, adapter)
+    _check_bare(base)
+    targets = resolve_targets(empty_copy(base.model), adapter)
+    for note in targets.notes:
+        log.warning("%s.", note)
+    _check_not_quantized(base.model, adapter)
+    model = peft_model(base.model, targets)
     for parameter in saved_parameters(model).values():  # modules to save come in the base's dtype
         parameter.data = parameter.data.to(torch.float32)
     model.eval()
-    return AdaptedModel(base, model)
+    return AdaptedModel(base, model, targets)
 
 
 def attach_saved(base: Base, saved: SavedAdapter) -> AdaptedModel:
     """Put an adapter of `saved`'s form on `base`; its values come with `AdaptedModel.load`.
 
+    The initialisation that the adapter was made with does not run: it may change the base, and its values are replaced.
+
     Raises:
-        AdapterError: its settings do not fit this base.
+        AdapterError: its settings do not fit this base, or it is of a kind that is not read.
     """
-    if hasattr(base.model, "peft_config"):
-        raise RuntimeError("the base still carries an adapter: detach that one first")
-    # The base's name is left out: PEFT would warn that this copy of it lies elsewhere.
-    known = {field.name for field in fields(LoraConfig)} - {"base_model_name_or_path"}
+    _check_bare(base)
     try:
-        model = _quietly_adapted(base.model, LoraConfig(**{k: v for k, v in saved.config.items() if k in known}))
-    except (ValueError, TypeError) as error:
+        model = quietly_adapted(base.model, reading_config(saved))
+    except (ValueError, TypeError, ImportError) as error:
+        _take_off(base.model)
         raise AdapterError(
             f"The adapter does not fit the model {base.model.config.model_type}: {error}",
             hint="Name the base model that it was trained on: --model MODEL",
         ) from error
     model.eval()
-    return AdaptedModel(base, model)
+    known = saved_parameters(model)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    # PEFT saves embeddings whole beside their adapter, and after the vocabulary was resized.
+    whole = [key for key in saved.tensors if key not in known and key in own]
+    return AdaptedModel(base, model, whole=whole)
 
 
-def peft_model(model: Any, adapter: AdapterConfig, **options: Any) -> Any:
-    """Return PEFT's model of `adapter` around `model`, a transformers model; raises as `attach` does."""
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    linear = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    if isinstance(adapter.targets, tuple):
-        unknown = [t for t in adapter.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-        if unknown:
-            raise ConfigError(
-                [Problem("adapter.targets", f"this model has no linear module {', '.join(unknown)}; it has {linear}")]
+def reading_config(saved: SavedAdapter) -> LoraConfig:
+    """Return PEFT's config of a saved adapter, for reading its tensors: without its initialisation, which does not run.
+
+    Raises:
+        AdapterError: the adapter is of a kind that is not read, or its initialisation has changed the base.
+        ValueError, TypeError: PEFT does not accept the config.
+    """
+    config = saved.config
+    for key, name in _NOT_READ.items():
+        if config.get(key):
+            raise AdapterError(
+                f"The adapter uses {name} ({key} in its {CONFIG_FILE}), which fedtune does not read.",
+                hint="Load it with PEFT itself.",
             )
-    _check_modules_to_save(model, adapter)
-    try:
-        return _quietly_adapted(model, lora_config(adapter), **options)
-    except ValueError as error:
-        if adapter.targets != "default":
-            raise
-        problem = f"PEFT knows no default for {model.config.model_type}; name some of {linear}"
-        raise ConfigError([Problem("adapter.targets", problem)]) from error
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"The adapter was trained on weights that its initialisation had changed (init_lora_weights = {init}), and does "
+            "not fit the plain base.",
+            hint="Convert it where it was trained: model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL); "
+            f"where the base already holds the changed weights, set init_lora_weights to true in its {CONFIG_FILE}.",
+        )
+    # The base's name is left out: PEFT would warn that this copy of it lies elsewhere.
+    known = {field.name for field in fields(LoraConfig)} - {"base_model_name_or_path"}
+    table = {key: value for key, value in config.items() if key in known}
+    # Settings of initialisations; MiCA's is also the name of its way to compute, which is that of LoRA.
+    inert = {"init_lora_weights": False, "loftq_config": {}, "eva_config": None, "corda_config": None}
+    return LoraConfig(**table | inert | {"lora_ga_config": None, "inference_mode": True})
 
 
-def _check_modules_to_save(model: Any, adapter: AdapterConfig) -> None:
-    """PEFT passes over names that no module has, and fails deep inside on weights that cannot be trained."""
+def peft_model(model: Any, targets: Targets, **options: Any) -> Any:
+    """Return PEFT's model of resolved targets around `model`, a transformers model."""
+    adapted = quietly_adapted(model, copy.deepcopy(targets.config), **options)
+    if targets.dropout and not targets.config.lora_dropout:
+        set_dropout(adapted, targets.dropout)
+    return adapted
+
+
+def _check_bare(base: Base) -> None:
+    if hasattr(base.model, "peft_config"):
+        raise RuntimeError("the base still carries an adapter: detach that one first")
+    integrity.watch(base.model)
+
+
+def _take_off(model: Any) -> None:
+    """Take what PEFT has put on a model before it failed off again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _check_not_quantized(model: Any, adapter: AdapterConfig) -> None:
+    """PEFT fails deep inside on weights that cannot be trained whole."""
     for wanted in adapter.modules_to_save:
         found = [module for name, module in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
-        if not found:
-            problem = f"this model has no module {wanted}"
-        elif any(not p.is_floating_point() for module in found for p in module.parameters()):
+        if any(not p.is_floating_point() for module in found for p in module.parameters()):
             problem = f"{wanted} is quantized and cannot be trained whole"
-        else:
-            continue
-        raise ConfigError([Problem("adapter.modules_to_save", problem)])
+            raise ConfigError([Problem("adapter.modules_to_save", problem)])
 
 
-def _quietly_adapted(model: Any, config: LoraConfig, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        # PEFT asks transformers by a name that transformers has deprecated.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # The config's reference says what becomes of tied modules.
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
-        # GPT-2's Conv1D has its weights turned; PEFT sees that by itself, and says so.
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        return get_peft_model(model, config, **options)
-
-
-def lora_config(adapter: AdapterConfig) -> LoraConfig:
-    """Return `adapter` in PEFT's terms."""
-    targets = adapter.targets
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=None if targets == "default" else list(targets) if isinstance(targets, tuple) else targets,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        modules_to_save=list(adapter.modules_to_save) or None,
-    )
+def config_table(config: LoraConfig) -> dict[str, Any]:
+    """Return a PEFT config as JSON has it: sets in alphabetical order, so that the same config gives the same bytes."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -269,7 +351,8 @@ def initial_tensors(
     """Return the adapter that a run starts from, a pure function of names, shapes and seed.
 
     A is uniform within ±1/sqrt(in_features), PEFT's Kaiming initialisation, and B is zero: the adapted model starts as
-    the base. DoRA's magnitudes and modules to save follow from the base: they need the attached model instead of shapes.
+    the base. Of an embedding, as in PEFT, A is zero and B is normal: rows of A are looked up, and each of its columns is one
+    token's. DoRA's magnitudes and modules to save follow from the base: they need the attached model instead of shapes.
 
     Args:
         adapter: the attached model, or its adapter's shapes by name.
@@ -283,12 +366,16 @@ def initial_tensors(
             if not isinstance(adapter, AdaptedModel):
                 raise ValueError(f"{key} follows from the base: give the attached model")
             tensors[key] = adapter.from_base[key].clone()
-        elif ".lora_A." in key:  # (rank, in_features)
+        elif is_random(key):
             stream = f"{seed}:{server_round}:{key}" if server_round else f"{seed}:{key}"
             entropy = hashlib.sha256(stream.encode()).digest()
-            uniform = np.random.default_rng(list(entropy)).random(shape, dtype=np.float32)
-            tensors[key] = torch.from_numpy((uniform * 2 - 1) / np.float32(shape[1] ** 0.5))
-        else:  # (out_features, rank)
+            generator = np.random.default_rng(list(entropy))
+            if ".lora_A." in key:  # (rank, in_features); of stacked experts (experts * rank, in_features)
+                uniform = generator.random(shape, dtype=np.float32)
+                tensors[key] = torch.from_numpy((uniform * 2 - 1) / np.float32(shape[1] ** 0.5))
+            else:  # (embedding_dim, rank)
+                tensors[key] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+        else:  # (out_features, rank); of an embedding (rank, vocabulary)
             tensors[key] = torch.zeros(shape)
     return tensors
 
@@ -300,22 +387,35 @@ def write_adapter(
     *,
     base_name: str,
     revision: str | None,
-    target_modules: Sequence[str],
+    target_modules: Sequence[str] | str = (),
+    resolved: Mapping[str, Any] | None = None,
+    read_back: Callable[[Path, Mapping[str, torch.Tensor]], None] | None = None,
 ) -> None:
     """Write an adapter as PEFT reads it, whole or not at all; the same adapter gives the same bytes.
+
+    What was written is read again before it takes its place, and compared with `tensors`.
 
     Args:
         folder: replaced if it exists.
         tensors: the adapter's tensors by PEFT's saved names.
-        adapter: the settings it was trained with.
+        adapter: the settings it was trained with; rank, alpha and rsLoRA are taken from here.
         base_name: the base as the user named it, `model.base`.
         revision: the base's commit on the hub, if it has one.
-        target_modules: the modules that are adapted (`AdaptedModel.target_modules`).
+        target_modules: the modules that are adapted, where `resolved` is not given.
+        resolved: PEFT's resolved config (`AdaptedModel.resolved`).
+        read_back: a further check of the written folder, before it is in its place.
+
+    Raises:
+        AdapterError: the files do not hold the adapter, or a value of it is not finite.
     """
-    table = lora_config(adapter).to_dict() | {
+    named = target_modules if isinstance(target_modules, str) else sorted(target_modules)
+    table = {
+        **(resolved if resolved is not None else {**config_table(lora_config(adapter)), "target_modules": named}),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.rslora,
         "base_model_name_or_path": base_name,
         "revision": revision,
-        "target_modules": sorted(target_modules),
         "inference_mode": True,
     }
 
@@ -324,8 +424,19 @@ def write_adapter(
         save_file(contiguous, beside / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(table, indent=2, sort_keys=True)
         (beside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        _check_written(beside, contiguous)
+        if read_back is not None:
+            read_back(beside, contiguous)
 
     write_folder(Path(folder), fill)
+
+
+def _check_written(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check the files of an adapter against what is in memory: keys, shapes, finite, and the same bits."""
+    found = read_adapter(folder).tensors
+    check_tensors(found, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if differing := [key for key, tensor in tensors.items() if not torch.equal(found[key], tensor)]:
+        raise AdapterError(f"The written adapter does not hold the trained one: {_some(differing)} differ.")
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -359,24 +470,24 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def saved_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the adapter's parameters in a PeftModel by the names that PEFT saves them under.
+    """Return the adapter's parameters in a PeftModel by the names that PEFT saves them under, in PEFT's order.
 
-    Those are the parameters' own names without the adapter's name; a DoRA magnitude's also without `weight`. Modules to save
-    come last, under the names of the modules that they stand for.
+    The base's own biases are among them where the adapter's config trains them.
     """
-    matrices, modules = {}, {}
-    for name, parameter in model.named_parameters():
-        if MAGNITUDE in name:
-            matrices[name.removesuffix(".default.weight")] = parameter
-        elif ".lora_" in name:
-            matrices[name.replace(".default.", ".")] = parameter
-        elif _SAVED in name:
-            modules[name.replace(_SAVED, ".")] = parameter
-    return matrices | modules
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, torch.nn.Parameter] = get_peft_model_state_dict(model, named, save_embedding_layers=False)
+    return found
+
+
+def is_random(key: str) -> bool:
+    """Whether a matrix starts with random values, and its partner with zeros: A of a linear layer, B of an embedding."""
+    return ".lora_A." in key or key.endswith(".lora_embedding_B")
 
 
 def _is_lora_matrix(key: str) -> bool:
-    return ".lora_A." in key or ".lora_B." in key
+    if key.endswith(".bias"):
+        return False
+    return ".lora_A." in key or ".lora_B." in key or key.endswith((".lora_embedding_A", ".lora_embedding_B"))
 
 
 def _some(keys: Sequence[str]) -> str:
