@@ -169,7 +169,7 @@ def test_a_hostile_reply_costs_its_client_and_not_the_run(tmp_path: Path, kind: 
 
 
 class DoublingGrid(InProcessGrid):
-    """Delivers every reply twice, and one from a node that was not asked."""
+    """Delivers every reply twice."""
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         for reply in super().send_and_receive(messages, timeout=timeout):
@@ -183,6 +183,28 @@ def test_doubled_replies_count_once(tmp_path: Path) -> None:
     rounds.go()
     assert value(rounds) == pytest.approx(14 / 6)
     assert sum(e.status == "refused" for e in read_ledger(tmp_path / "run" / "ledger.jsonl")) == 3
+
+
+class StrangeGrid(InProcessGrid):
+    """Delivers client 2's reply to training as one of a node that was not asked."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            if reply.metadata.src_node_id == 4 and reply.metadata.message_type == "train":
+                reply.metadata.__dict__["_src_node_id"] = 99
+            yield reply
+
+
+def test_a_reply_of_a_node_that_was_not_asked_is_rejected(tmp_path: Path) -> None:
+    """Without client 2 the average of a round is (1·1 + 2·2) / 3; the stranger has no partition, and is no client's failure."""
+    rounds = rounds_of(tmp_path / "run", config_of(), grid=StrangeGrid(client_app(), 3, {}))
+    rounds.go()
+    assert value(rounds) == pytest.approx(2 * 5 / 3)
+    lines = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["status"] != "ok"]
+    assert [(line["partition"], line["reason"]) for line in lines] == [
+        (-1, "this node was not asked in this round"),
+        (2, "no reply within 3600 s"),
+    ] * 2
 
 
 class BackwardsGrid(InProcessGrid):
