@@ -93,7 +93,8 @@ def train(
 
     def how_to_go_on() -> str:
         where = progress.run or (run.path if run else None)
-        return f"Round {progress.done} is saved. Fix that, then go on: fedtune train --resume {where}" if where else ""
+        saved = f"Round {progress.done} is saved. " if progress.done else ""
+        return f"{saved}Fix that, then go on: fedtune train --resume {where}" if where else ""
 
     try:
         with resumable(how_to_go_on), progress.shown():

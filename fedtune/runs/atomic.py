@@ -116,11 +116,9 @@ def os_error_in(error: BaseException) -> OSError | None:
 
     Libraries that are not written in Python raise exceptions of their own about a full disk; their texts hold the number.
     """
-    if isinstance(error, FedTuneError | KeyboardInterrupt):
-        return None
     seen: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and current not in seen:
+    while current is not None and current not in seen and not isinstance(current, FedTuneError | KeyboardInterrupt):
         seen.append(current)
         if isinstance(current, OSError) and current.errno is not None:
             return current

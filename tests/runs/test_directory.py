@@ -1,6 +1,8 @@
 """The run directory: whole files or none, states that prove themselves, runs and adapters found by name."""
 
+import errno
 import json
+import logging
 import os
 import re
 import time
@@ -9,10 +11,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fedtune.config.load import load_config
 from fedtune.errors import MissingError, UsageError
-from fedtune.runs.atomic import read_json_lines, remove_leftovers, write_folder, write_json, write_text
+from fedtune.runs.atomic import (
+    drop_torn_line,
+    os_error_in,
+    read_json_lines,
+    remove_leftovers,
+    write_folder,
+    write_json,
+    write_text,
+)
 from fedtune.runs.directory import (
     RunDirectory,
     append_line,
@@ -64,6 +75,107 @@ def test_json_lines_survive_any_cut(tmp_path_factory: pytest.TempPathFactory, re
     for cut in range(0, len(data), max(1, len(data) // 7)):
         path.write_bytes(data[:cut])
         assert read_json_lines(path) == records[: data[:cut].count(b"\n")]
+
+
+@given(st.integers(1, 60))
+def test_a_line_after_a_torn_one_is_whole(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    """Whatever a stopped writer has left of its last line, the next line begins a new one."""
+    path = tmp_path_factory.mktemp("lines") / "file.jsonl"
+    for number in range(3):
+        append_line(path, {"n": number, "text": "é" * 10})
+    data = path.read_bytes()[:-cut]
+    path.write_bytes(data)
+    append_line(path, {"n": 9})
+    assert [line["n"] for line in read_json_lines(path)] == [*range(data.count(b"\n")), 9]
+
+
+def test_a_torn_line_is_dropped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a"')
+    with caplog.at_level(logging.WARNING, "fedtune"):
+        drop_torn_line(path)
+        drop_torn_line(path)
+        drop_torn_line(tmp_path / "none.jsonl")
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'
+    (record,) = caplog.records
+    assert f"{path} (line 3) is incomplete" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (
+            RuntimeError("[Errno 122] Error writing bytes to file. Detail: [errno 122] Disk quota exceeded"),
+            errno.EDQUOT,
+        ),
+        (ValueError("nothing of the kind"), None),
+        (OSError("a text without a number"), None),
+        (KeyError(28), None),
+        (KeyboardInterrupt("os error 28"), None),
+        (MissingError("os error 28"), None),
+    ],
+)
+def test_trouble_with_the_disk_is_found_in_any_exception(error: BaseException, number: int | None) -> None:
+    found = os_error_in(error)
+    assert (found.errno if found else None) == number
+    wrapped = RuntimeError("a library's own words")
+    wrapped.__cause__ = error
+    found = os_error_in(wrapped)
+    assert (found.errno if found else None) == number
+
+
+def test_a_failed_writer_names_its_target_and_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "part").write_text("x")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_folder(tmp_path / "peft_1", fail)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "peft_1"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder") as caught:
+        write_text(tmp_path / "folder", "text")
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_damaged_state_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDirectory(tmp_path)
+    for number in (1, 2):
+        run.commit_state(number, lambda path: (path / "progress.json").write_text("{}") and None)
+    (run.state_folder / "round-0002" / "progress.json").write_text("{")
+    assert run.last_state() == run.state_folder / "round-0001"
+    assert "round-0002 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"name": "a"}', '{"name": 1, "run_id": 1, "event": 1, "rounds": 1, "rows": []}']
+)
+def test_a_damaged_superlink_file_is_refused(text: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.state_folder.mkdir()
+    run.superlink_file.write_text(text)
+    with pytest.raises(MissingError, match=r"superlink\.json is damaged"):
+        run.committed_rounds()
+
+
+def test_a_home_folder_is_expanded_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(challenge="tiny").config
+    run = create_run(Path("~/runs"), config)
+    assert run.path.parent == tmp_path / "runs"
+    write_json(run.config_file, config.model_dump(mode="json"))
+    assert find_run(None, Path("~/runs")) == run
+    assert find_run(f"~/runs/{run.path.name}") == run
+
+
+def test_a_folder_that_takes_no_run_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingError, match="No run directory can be made"):
+        create_run(tmp_path / "file", load_config(challenge="tiny").config)
 
 
 def test_a_damaged_line_is_no_torn_one(tmp_path: Path) -> None:
