@@ -251,7 +251,7 @@ FAMILIES: dict[str, Options] = {
     "openai-gpt": _GPT2,
     "persimmon": {},
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
-    "phimoe": {**_MOE, **_WINDOW},
+    "phimoe": {**_MOE, **_WINDOW, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen2_moe": _QWEN_MOE,
     "recurrent_gemma": {
         "num_hidden_layers": 3,
