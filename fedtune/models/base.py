@@ -28,6 +28,7 @@ from fedtune.models.check import (
 )
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base
+from fedtune.models.limits import Limits, limits_of
 from fedtune.models.stored import (
     check_quantization,
     check_tables,
@@ -35,6 +36,7 @@ from fedtune.models.stored import (
     own_code,
     read_headers,
     read_table,
+    stored_form,
 )
 
 log = logging.getLogger(__name__)
@@ -148,13 +150,17 @@ def read_model_config(config: ModelConfig, folder: Path) -> Any:
     return found
 
 
-def empty_model(config: ModelConfig) -> Any:
+def empty_model(config: ModelConfig, folder: Path | None = None) -> Any:
     """Return the model of `config.base` on the meta device: its modules and shapes without weights.
+
+    Args:
+        config: The base.
+        folder: Its folder where that is known; otherwise config.json is fetched where needed.
 
     Raises:
         MissingError, ConfigError: as `read_model_config` and `resolve_base` do.
     """
-    model_config = read_model_config(config, resolve_base(config, only_config=True).folder)
+    model_config = read_model_config(config, folder or resolve_base(config, only_config=True).folder)
     try:
         with quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
@@ -163,6 +169,22 @@ def empty_model(config: ModelConfig) -> Any:
             f"The config.json of {config.base} describes no model ({type(error).__name__}: {first_line(error)}).",
             hint="Copy it again, or choose another model.base.",
         ) from error
+
+
+def check_files(config: ModelConfig, folder: Path) -> tuple[Any, Limits]:
+    """Run every check of a base that needs no weights in memory; return its tokenizer and what rows it takes.
+
+    `config.quantization` is not compared with a supported stored form: a node checks its base before it knows the run.
+
+    Raises:
+        MissingError, ConfigError: as `load_base` does.
+    """
+    check_tables(folder, config.base)
+    table = read_table(folder / "config.json", config.base)
+    config = config.model_copy(update={"quantization": stored_form(table) or "none", "dequantize": "auto"})
+    empty = empty_model(config, folder)
+    check_quantization(config, table, read_headers(folder, config.base))
+    return _tokenizer(config, folder), limits_of(empty)
 
 
 @lru_cache(maxsize=1)
