@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,18 +101,25 @@ def load_base(config: ModelConfig) -> Base:
             f"{config.base} cannot be loaded ({type(error).__name__}: {first_line(error)}).",
             hint="Check its config.json, copy the model again, or choose another model.base.",
         ) from error
+    _check_generates(model, config)
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights in the first evaluation; gradients then no longer pass them.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    try:
+        check_loading(model, report, headers, config.base)
+    except MissingError:
+        if config.quantization == "none":
+            with suppress(MissingError):  # that an encoder is no decoder says more than that its heads are unused
+                check_causal(model, tokenizer, config, dtype)
+        raise
     check_finite(model, headers, config.base)
     dequantized = worth_dequantizing(model, config, dtype, free_memory_bytes(device))
     if dequantized:
         dequantize(model, dtype)
     check_causal(model, tokenizer, config, dtype)
-    check_loading(model, report, headers, config.base)
     check_agreement(model, tokenizer, config.base)
     return Base(model, tokenizer, revision, device, dtype, dequantized, stored)
 
@@ -163,12 +170,21 @@ def empty_model(config: ModelConfig, folder: Path | None = None) -> Any:
     model_config = read_model_config(config, folder or resolve_base(config, only_config=True).folder)
     try:
         with quiet(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers and a model's own code raise whatever they like
         raise MissingError(
             f"The config.json of {config.base} describes no model ({type(error).__name__}: {first_line(error)}).",
             hint="Copy it again, or choose another model.base.",
         ) from error
+    _check_generates(model, config)
+    return model
+
+
+def _check_generates(model: Any, config: ModelConfig) -> None:
+    """Refuse a class of a model's own code that only computes logits: PEFT and evaluation need its `generate`."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        problem = f"{config.base} ({type(model).__name__}) cannot generate text: its class lacks GenerationMixin"
+        raise ConfigError([Problem("model.base", problem)])
 
 
 def check_files(config: ModelConfig, folder: Path) -> tuple[Any, Limits]:
