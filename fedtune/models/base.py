@@ -273,6 +273,10 @@ _OWN_TOKENIZER = "the tokenizer of t" + _OWN_CODE[1:]
 
 
 def _tokenizer(config: ModelConfig, folder: Path) -> Any:
+    own = _tokenizer_code(config, folder)
+    if own and not config.trust_remote_code and not (folder / "tokenizer.json").is_file():
+        # transformers would take another class for it; only a tokenizer.json says all of what a tokenizer does.
+        raise ConfigError([Problem("model.trust_remote_code", _OWN_TOKENIZER)])
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -280,14 +284,14 @@ def _tokenizer(config: ModelConfig, folder: Path) -> Any:
             )
             vocabulary, special = len(tokenizer.get_vocab()), len(set(tokenizer.all_special_ids))
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers library
-        if not config.trust_remote_code and _tokenizer_code(config, folder):
+        if own and not config.trust_remote_code:
             raise ConfigError([Problem("model.trust_remote_code", _OWN_TOKENIZER)]) from error
         raise MissingError(
             f"The base model {config.base} has no tokenizer that can be read ({type(error).__name__}).",
             hint="Put its tokenizer files beside its weights, or choose another model.base.",
         ) from error
-    if vocabulary <= special:
-        # Without its files, transformers makes some tokenizers up.
+    if vocabulary <= special + 1:
+        # Without its files, transformers makes some tokenizers up: special tokens, and at most a space.
         raise MissingError(
             f"The base model {config.base} has no tokenizer that can be read (it knows no token).",
             hint="Put its tokenizer files beside its weights, or choose another model.base.",

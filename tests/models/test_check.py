@@ -326,6 +326,13 @@ def test_tokens_without_an_embedding_are_said_and_do_not_stop_a_base(tiny: Path,
     assert "knows 2 tokens without a row in the embedding of 858 ('<sep>', '<more>')" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer", "BertTokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_without_its_files_is_not_made_up(tiny: Path, kind: str) -> None:
+    (tiny / "tokenizer.json").unlink()
+    (tiny / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    assert "has no tokenizer that can be read" in refusal(tiny)
+
+
 def test_a_fault_of_the_model_while_computing_is_one_sentence(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel\nfor this")

@@ -243,13 +243,29 @@ def test_a_tokenizers_code_runs_on_request_only(tmp_path: Path) -> None:
     own = llama_with_own_tokenizer(tmp_path)
     config = own.config()
     for door in (lambda: load_base(config), lambda: load_tokenizer(config), lambda: check_files(config, own.folder)):
-        try:
+        with pytest.raises(ConfigError, match=r"model\.trust_remote_code: the tokenizer of this model runs code of its own"):
             door()
-        except ConfigError as error:
-            assert "the tokenizer of this model runs code of its own" in str(error)
         assert not own.ran
     assert type(load_base(own.config(trust_remote_code=True)).tokenizer).__name__ == "OwnTokenizer"
     assert own.ran
+
+
+def test_a_known_tokenizer_class_is_used_instead_of_the_models_own(tmp_path: Path, caplog: Any) -> None:
+    own = llama_with_own_tokenizer(tmp_path)
+    own.edit("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert load_tokenizer(own.config()).get_vocab() == load_tokenizer(ModelConfig(base=BUILTIN_TINY)).get_vocab()
+    assert "brings code of its own (tokenization_own.OwnTokenizer), which does not run" in caplog.text
+    assert not own.ran
+
+
+def test_a_tokenizer_that_only_its_own_code_reads_is_refused(tmp_path: Path) -> None:
+    own = llama_with_own_tokenizer(tmp_path)
+    (own.folder / "tokenizer.json").rename(own.folder / "vocabulary.own")
+    config = own.config()
+    for door in (lambda: load_base(config), lambda: load_tokenizer(config), lambda: check_files(config, own.folder)):
+        with pytest.raises(ConfigError, match=r"model\.trust_remote_code: the tokenizer of this model runs code of its own"):
+            door()
+        assert not own.ran
 
 
 def test_a_known_type_with_code_of_its_own_uses_transformers_class(tmp_path: Path, caplog: Any) -> None:
