@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedtune.models.check import (
 )
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base
+from fedtune.models.limits import Limits, limits_of
 from fedtune.models.stored import (
     check_quantization,
     check_tables,
@@ -32,6 +34,7 @@ from fedtune.models.stored import (
     own_code,
     read_headers,
     read_table,
+    stored_form,
 )
 from fedtune.runs.log import silence_libraries
 
@@ -97,18 +100,25 @@ def load_base(config: ModelConfig) -> Base:
             f"{config.base} cannot be loaded ({type(error).__name__}: {first_line(error)}).",
             hint="Check its config.json, copy the model again, or choose another model.base.",
         ) from error
+    _check_generates(model, config)
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights in the first evaluation; gradients then no longer pass them.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    try:
+        check_loading(model, report, headers, config.base)
+    except MissingError:
+        if config.quantization == "none":
+            with suppress(MissingError):  # that an encoder is no decoder says more than that its heads are unused
+                check_causal(model, tokenizer, config, dtype)
+        raise
     check_finite(model, headers, config.base)
     dequantized = worth_dequantizing(model, config, dtype, free_memory_bytes(device))
     if dequantized:
         dequantize(model, dtype)
     check_causal(model, tokenizer, config, dtype)
-    check_loading(model, report, headers, config.base)
     check_agreement(model, tokenizer, config.base)
     return Base(model, tokenizer, revision, device, dtype, dequantized, stored)
 
@@ -146,21 +156,50 @@ def read_model_config(config: ModelConfig, folder: Path) -> Any:
     return found
 
 
-def empty_model(config: ModelConfig) -> Any:
+def empty_model(config: ModelConfig, folder: Path | None = None) -> Any:
     """Return the model of `config.base` on the meta device: its modules and shapes without weights.
+
+    Args:
+        config: The base.
+        folder: Its folder where that is known; otherwise config.json is fetched where needed.
 
     Raises:
         MissingError, ConfigError: as `read_model_config` and `resolve_base` do.
     """
-    model_config = read_model_config(config, resolve_base(config, only_config=True).folder)
+    model_config = read_model_config(config, folder or resolve_base(config, only_config=True).folder)
     try:
         with silence_libraries(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers and a model's own code raise whatever they like
         raise MissingError(
             f"The config.json of {config.base} describes no model ({type(error).__name__}: {first_line(error)}).",
             hint="Copy it again, or choose another model.base.",
         ) from error
+    _check_generates(model, config)
+    return model
+
+
+def _check_generates(model: Any, config: ModelConfig) -> None:
+    """Refuse a class of a model's own code that only computes logits: PEFT and evaluation need its `generate`."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        problem = f"{config.base} ({type(model).__name__}) cannot generate text: its class lacks GenerationMixin"
+        raise ConfigError([Problem("model.base", problem)])
+
+
+def check_files(config: ModelConfig, folder: Path) -> tuple[Any, Limits]:
+    """Run every check of a base that needs no weights in memory; return its tokenizer and what rows it takes.
+
+    `config.quantization` is not compared with a supported stored form: a node checks its base before it knows the run.
+
+    Raises:
+        MissingError, ConfigError: as `load_base` does.
+    """
+    check_tables(folder, config.base)
+    table = read_table(folder / "config.json", config.base)
+    config = config.model_copy(update={"quantization": stored_form(table) or "none", "dequantize": "auto"})
+    empty = empty_model(config, folder)
+    check_quantization(config, table, read_headers(folder, config.base))
+    return _tokenizer(config, folder), limits_of(empty)
 
 
 @lru_cache(maxsize=1)
@@ -219,6 +258,10 @@ _OWN_TOKENIZER = "the tokenizer of t" + _OWN_CODE[1:]
 
 
 def _tokenizer(config: ModelConfig, folder: Path) -> Any:
+    own = _tokenizer_code(config, folder)
+    if own and not config.trust_remote_code and not (folder / "tokenizer.json").is_file():
+        # transformers would take another class for it; only a tokenizer.json says all of what a tokenizer does.
+        raise ConfigError([Problem("model.trust_remote_code", _OWN_TOKENIZER)])
     try:
         with silence_libraries():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -226,14 +269,14 @@ def _tokenizer(config: ModelConfig, folder: Path) -> Any:
             )
             vocabulary, special = len(tokenizer.get_vocab()), len(set(tokenizer.all_special_ids))
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers library
-        if not config.trust_remote_code and _tokenizer_code(config, folder):
+        if own and not config.trust_remote_code:
             raise ConfigError([Problem("model.trust_remote_code", _OWN_TOKENIZER)]) from error
         raise MissingError(
             f"The base model {config.base} has no tokenizer that can be read ({type(error).__name__}).",
             hint="Put its tokenizer files beside its weights, or choose another model.base.",
         ) from error
-    if vocabulary <= special:
-        # Without its files, transformers makes some tokenizers up.
+    if vocabulary <= special + 1:
+        # Without its files, transformers makes some tokenizers up: special tokens, and at most a space.
         raise MissingError(
             f"The base model {config.base} has no tokenizer that can be read (it knows no token).",
             hint="Put its tokenizer files beside its weights, or choose another model.base.",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,9 @@ PROBE_TOKENS = 16
 
 _EXACT, _ROUNDED = 1e-4, 5e-2
 """How far earlier logits may move by rounding, as a share of the logits' spread: in float32, and in coarser arithmetic."""
+
+_SWITCHED = 0.25
+"""How far they may move without a gradient, where rounding sends a token to another expert."""
 
 _LEAST_GRADIENT = 1e-4
 """A later token's share in an earlier logit's gradient from which on the model is not causal; a causal model's is zero."""
@@ -91,7 +94,7 @@ def check_loading(model: Any, report: LoadingReport, headers: Headers, base: str
     missing = {name for name in report.missing if not computed(name)}
     missing |= {name for name in report.ignored_missing if not computed(name) and not constant(name)}
     left = {name for name in report.unexpected | report.ignored_unexpected if not _is_stored_buffer(name, headers)}
-    ignorable = {name for name in left & report.ignored_unexpected if not _is_decoder_layer(name, left, headers)}
+    ignorable = {name for name in left & report.ignored_unexpected if not _is_decoder_layer(name, own, headers)}
     unexpected = left - ignorable
     faults = []
     if missing:
@@ -135,26 +138,24 @@ def _is_computed(name: str, shape: tuple[int, ...]) -> bool:
     return last == "position_ids"
 
 
-def _is_decoder_layer(name: str, unused: set[str], headers: Headers) -> bool:
-    """Whether an unused tensor belongs to a whole unused layer that is built like the layers in use.
+def _is_decoder_layer(name: str, own: Collection[str], headers: Headers) -> bool:
+    """Whether an unused tensor belongs to a layer that the model lacks and that is built like a layer that it has.
 
     A layer for multi-token prediction holds tensors that no other layer has.
     """
     match = re.match(r"(.*?)\.(\d+)\.", name)
     if match is None:
         return False
-    prefix, number = match[1], match[2]
     layers: dict[str, set[str]] = {}
     for key in headers:
-        if of_layer := re.match(rf"{re.escape(prefix)}\.(\d+)\.(.+)", key):
+        if of_layer := re.match(rf"{re.escape(match[1])}\.(\d+)\.(.+)", key):
             layers.setdefault(of_layer[1], set()).add(of_layer[2])
-    names = layers.pop(number, set())
-    if not names or any(f"{prefix}.{number}.{tail}" not in unused for tail in names):
+    # A file may leave out the prefix of the whole model.
+    in_model = {number for number in layers if any(f".{match[1]}.{number}." in f".{key}" for key in own)}
+    if match[2] in in_model:
         return False
-    used: set[str] = set()
-    for other, tails in layers.items():
-        used |= {tail for tail in tails if f"{prefix}.{other}.{tail}" not in unused}
-    return names <= used
+    used = {tail for number in in_model for tail in layers[number]}
+    return bool(used) and layers.get(match[2], set()) <= used
 
 
 def check_finite(model: Any, headers: Headers, base: str) -> None:
@@ -245,7 +246,10 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
         return
     exact = dtype == torch.float32 and config.quantization != "int8"
     gradient = _later_gradient(model, ids[:1], half)
-    causal = share <= (_EXACT if exact else _ROUNDED) if gradient is None else gradient < _LEAST_GRADIENT
+    if gradient is None:
+        causal = share <= (_EXACT if exact else _ROUNDED)
+    else:
+        causal = gradient < _LEAST_GRADIENT and share <= (_ROUNDED if exact else _SWITCHED)
     if not causal:
         problem = (
             f"{base} ({type(model).__name__}) is not causal: its logits at earlier tokens change by {share:.1%} when later "

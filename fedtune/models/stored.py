@@ -195,6 +195,12 @@ def check_quantization(config: ModelConfig, table: Mapping[str, Any], headers: H
     return True
 
 
+def stored_form(table: Mapping[str, Any]) -> str | None:
+    """Return the value of `model.quantization` that a config.json declares its weights to be stored as; None for any other."""
+    declared = _declared(table)
+    return declared[0] if declared else None
+
+
 def _declared(table: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """Return `model.quantization`'s value for the form that config.json declares, None for others, and the form in words."""
     found = [value for key, value in _tables(table) if key in _DECLARATIONS and value]
