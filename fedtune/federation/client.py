@@ -19,7 +19,7 @@ from fedtune.budget.count import CODECS, Shapes
 from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import steps_of_round
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.events import StepDone, tell
 from fedtune.federation.node import ERRORS_PASS, NODE_KEY, error_text
@@ -124,7 +124,10 @@ def train(message: Message, context: Context) -> Message:
         )
     finally:
         adapted.set_offset({})
-    adapted.check_base(f"after client {partition} trained")
+    try:
+        adapted.check_base(f"after client {partition} trained")
+    except FedTuneError as error:
+        raise ClientError(error.message) from error
     metrics = MetricRecord(
         {
             "server-round": server_round,
