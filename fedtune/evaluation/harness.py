@@ -108,6 +108,7 @@ def evaluate_with_harness(settings: EvalSettings, listener: Listener | None = No
                 if listener is not None:
                     score, seconds = results[-1].score, results[-1].seconds
                     listener(Asked(subject.name, selection.name, score.n, score.n, score.k, seconds, score.n))
+            bench.check_base(subject)
     return finish(settings, results)
 
 

@@ -174,7 +174,9 @@ def check_adapters(folder: Opened, readme: str | None, declared: Declared | None
             continue
         rank = saved.config.get("r")
         ranks = sorted({tensor.shape[0] for key, tensor in saved.tensors.items() if ".lora_A." in key and tensor.ndim})
-        if not saved.config.get("rank_pattern") and any(each != rank for each in ranks):
+        # Stacked experts have as many rows as all their adapters together.
+        plain = not saved.config.get("rank_pattern") and not saved.config.get("target_parameters")
+        if plain and any(each != rank for each in ranks):
             yield Finding(weights, f"is of rank {_listed(ranks)}; {CONFIG_FILE} says {rank}")
         for key, declared_key, word in (
             ("r", "model.lora.peft-lora-r", "rank"),

@@ -21,7 +21,7 @@ from fedtune.budget.count import CODECS, Shapes
 from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import steps_of_round
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook, refusing
 from fedtune.federation.client_state import ClientState, state_of_node
 from fedtune.federation.events import StepDone, tell
@@ -141,7 +141,10 @@ def train(message: Message, context: Context) -> Message:
         )
     finally:
         adapted.set_offset({})
-    adapted.check_base(f"after client {partition} trained")
+    try:
+        adapted.check_base(f"after client {partition} trained")
+    except FedTuneError as error:
+        raise ClientError(error.message) from error
     metrics = MetricRecord(
         {
             "server-round": server_round,

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +57,8 @@ _NOT_READ = {
     "megatron_config": "Megatron layers",
 }
 """Keys of PEFT's config whose adapters compute otherwise than LoRA does, with what to call them."""
+_ABOUT = {"base_model_name_or_path", "auto_mapping", "peft_version"}
+"""Keys that change nothing of what an adapter computes."""
 
 
 class AdapterError(MissingError):
@@ -190,6 +194,7 @@ class AdaptedModel:
         self.set_offset({})
         self._give_back()
         self._replaced = {}
+        _take_off_whole_modules(self.base.model)
         self.model.unload()
         self._parameters = {}
         return self.base
@@ -255,8 +260,8 @@ def reading_config(saved: SavedAdapter) -> LoraConfig:
     """Return PEFT's config of a saved adapter, for reading its tensors: without its initialisation, which does not run.
 
     Raises:
-        AdapterError: the adapter is of a kind that is not read, or its initialisation has changed the base.
-        ValueError, TypeError: PEFT does not accept the config.
+        AdapterError: the adapter is of a kind that is not read, its initialisation has changed the base, or PEFT does not
+            accept the config.
     """
     config = saved.config
     for key, name in _NOT_READ.items():
@@ -276,9 +281,14 @@ def reading_config(saved: SavedAdapter) -> LoraConfig:
     # The base's name is left out: PEFT would warn that this copy of it lies elsewhere.
     known = {field.name for field in fields(LoraConfig)} - {"base_model_name_or_path"}
     table = {key: value for key, value in config.items() if key in known}
+    if unknown := sorted(key for key, value in config.items() if value and key not in known | _ABOUT):
+        log.warning("PEFT %s does not know %s of the %s and leaves it out.", peft.__version__, _some(unknown), CONFIG_FILE)
     # Settings of initialisations; MiCA's is also the name of its way to compute, which is that of LoRA.
     inert = {"init_lora_weights": False, "loftq_config": {}, "eva_config": None, "corda_config": None}
-    return LoraConfig(**table | inert | {"lora_ga_config": None, "inference_mode": True})
+    try:
+        return LoraConfig(**table | inert | {"lora_ga_config": None, "inference_mode": True})
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"The {CONFIG_FILE} is not one that PEFT accepts: {error}", hint="Copy it anew.") from error
 
 
 def peft_model(model: Any, targets: Targets, **options: Any) -> Any:
@@ -295,8 +305,17 @@ def _check_bare(base: Base) -> None:
     integrity.watch(base.model)
 
 
+def _take_off_whole_modules(model: Any) -> None:
+    """Put the base's own modules back where an adapter has trained copies: PEFT's `unload` leaves the copies in their place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
+
+
 def _take_off(model: Any) -> None:
     """Take what PEFT has put on a model before it failed off again."""
+    _take_off_whole_modules(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
             parent, _, child = name.rpartition(".")

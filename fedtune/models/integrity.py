@@ -112,16 +112,20 @@ def _sum(tensor: torch.Tensor) -> int | torch.Tensor:
     odd = torch.arange(1, 2 * _COLUMNS, 2, device=tensor.device)
     rows = words[: words.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
     factors = torch.arange(1, 2 * len(rows), 2, device=tensor.device) * _SPREAD
-    if tensor.device.type == "cpu":
-        columns = factors @ rows
-    else:  # no product of whole numbers there
-        pieces = zip(rows.split(_ROWS), factors.split(_ROWS), strict=True)
-        columns = sum(((part * by[:, None]).sum(0) for part, by in pieces), start=torch.zeros_like(odd))
+    columns = factors @ rows if tensor.device.type == "cpu" else _product(factors, rows)
     rest = words[rows.numel() :]
     tail = flat[words.numel() * 8 :].to(torch.int64)
     return (
         (columns * odd).sum() + (rest * odd[: len(rest)]).sum() * _SPREAD + (tail * odd[: len(tail)]).sum() * (_SPREAD + 2)
     )
+
+
+def _product(factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return `factors @ rows`, which a GPU does not have for whole numbers."""
+    columns = torch.zeros_like(rows[0]) if len(rows) else rows.new_zeros(rows.shape[1])
+    for part, by in zip(rows.split(_ROWS), factors.split(_ROWS), strict=True):
+        columns += (part * by[:, None]).sum(0)
+    return columns
 
 
 _SPREAD = 0x1E3779B97F4A7C15

@@ -10,7 +10,8 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,7 +291,7 @@ def _reached_by_gradient(model: Any) -> set[str] | None:
     base.eval()
     try:
         # Tensors that have a shape and a device, and no values: some operations do not know the meta device.
-        with FakeTensorMode(), torch.enable_grad(), warnings.catch_warnings():
+        with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for module in base.modules():
                 for name, held in list(module._parameters.items()):
@@ -311,6 +312,17 @@ def _reached_by_gradient(model: Any) -> set[str] | None:
         if ".lora_" in name and parameter.grad is not None
     }
     return found or None
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Let a logger say nothing inside."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _is_reached(name: str, trained: set[str] | None, model: Any) -> bool:

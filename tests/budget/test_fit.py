@@ -99,7 +99,7 @@ def test_grid_holds_every_plan_and_says_what_it_cannot_know(monkeypatch: pytest.
     def offline(model: ModelConfig, adapter: AdapterConfig) -> None:
         raise MissingError(f"{model.base} cannot be reached")
 
-    monkeypatch.setattr("fedtune.models.shapes._meta_shapes", offline)
+    monkeypatch.setattr("fedtune.models.shapes._meta_form", offline)
     rows = grid(MEDICAL)
     for row in rows:
         if row.total_bytes is None:

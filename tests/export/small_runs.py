@@ -68,7 +68,7 @@ def make_run(
             adapter,
             base_name=base,
             revision=None,
-            target_modules=adapted.target_modules,
+            resolved=adapted.resolved,
         )
     lines = [
         {

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_runs import TOKEN, assert_clean, make_run, plant_canaries, result, small_gpt2, small_llama, write_results
+from support.families import build
 from transformers import AutoModelForCausalLM
 
 from fedtune.config.schema import AdapterConfig
@@ -306,3 +307,73 @@ def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
     written, more = map(int, done.stdout.split())
     assert written > 500_000_000
     assert more < 150_000_000
+
+
+FEATURES: dict[str, dict[str, object]] = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding with DoRA": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "exclude_modules": {"target_modules": ".*_proj", "exclude_modules": ".*layers\\.0.*"},
+    "layers_to_transform": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]},
+    "mica": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+    "experts": {"target_modules": "all-linear"},
+    "one expert matrix": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+}
+
+
+def by_plain_peft(tmp_path: Path, family: str, **settings: object) -> tuple[FinishedRun, torch.Tensor]:
+    """A run whose adapter plain PEFT has made, and the logits that PEFT gives with it."""
+    base = build(family, tmp_path)
+    run = make_run(tmp_path / "run", base=str(base), kept=(2,))
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **settings))  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+            logits: torch.Tensor = adapted.eval()(IDS).logits
+        adapted.save_pretrained(str(run / "peft_2"))
+    return open_run(str(run)), logits
+
+
+IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19]])
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_adapters_of_plain_peft_are_merged_right(tmp_path: Path, feature: str) -> None:
+    family = "qwen3_moe" if "expert" in feature else "qwen2" if feature == "biases" else "llama"
+    finished, wanted = by_plain_peft(tmp_path, family, **FEATURES[feature])
+    export_merged(finished, tmp_path / "out")
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(IDS).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_experts_of_other_layouts(tmp_path: Path, family: str) -> None:
+    """GPT-OSS stores (experts, in, out) as the model has it; Mixtral's files hold every expert apart, under older names."""
+    finished, wanted = by_plain_peft(
+        tmp_path, family, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    export_merged(finished, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(tmp_path / family / "model.safetensors").keys()
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(IDS).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"trainable_token_indices": [3, 5]}, "trainable_token_indices"), ({"lora_bias": True}, "lora_bias")],
+    ids=lambda value: str(value),
+)
+def test_what_is_not_merged_is_refused_by_name(tmp_path: Path, settings: dict[str, object], name: str) -> None:
+    finished, _ = by_plain_peft(tmp_path, "llama", target_modules=["q_proj"], **settings)
+    with pytest.raises(MissingError, match=f"{name}.*--to folder"):
+        export_merged(finished, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

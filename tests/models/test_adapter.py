@@ -44,7 +44,7 @@ def noise(tensors: AdapterTensors) -> AdapterTensors:
 
 def write(folder: Path, adapted: AdaptedModel, adapter: AdapterConfig) -> AdapterTensors:
     tensors = adapted.tensors()
-    write_adapter(folder, tensors, adapter, base_name="me/base", revision="c0", target_modules=adapted.target_modules)
+    write_adapter(folder, tensors, adapter, base_name="me/base", revision="c0", resolved=adapted.resolved)
     return tensors
 
 
@@ -88,7 +88,7 @@ def test_written_config_is_pefts_own(base: Base, tmp_path: Path) -> None:
     write(tmp_path / "ours", adapted, KINDS["rslora"])
     adapted.model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
-    theirs["target_modules"].sort()
+    theirs["target_modules"].sort()  # PEFT writes sets in any order
     assert ours == {**theirs, "base_model_name_or_path": "me/base", "revision": "c0"}
 
 
@@ -149,10 +149,18 @@ def test_unknown_targets_are_refused_with_the_known_ones(base: Base) -> None:
         attach(base, AdapterConfig(targets=("proj",)))
 
 
-def test_no_default_targets(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_default_targets(base: Base, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(type(base.model.config), "model_type", "unheard-of")
+    base.model.config.model_type = "unheard-of"
+    adapted = attach(base, AdapterConfig())
+    assert adapted.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert "no default targets for unheard-of: the adapter is on k_proj, o_proj, q_proj, v_proj" in caplog.text
+    adapted.detach()
+    for layer in base.model.model.layers:
+        del layer.self_attn
+    monkeypatch.setattr("fedtune.models.adapter.empty_copy", lambda model: model)
     with pytest.raises(ConfigError, match=r"PEFT knows no default for .*; name some of down_proj"):
-        attach(base, AdapterConfig())
+        attach(base, AdapterConfig(rank=3))
 
 
 def test_load_names_what_does_not_fit_and_changes_nothing(base: Base) -> None:
