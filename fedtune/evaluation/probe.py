@@ -90,30 +90,32 @@ def choose_path(base: Base, requests: Sequence[Request], budget: Budget) -> Choi
     """
     check_positions(base, requests)
     samples = _samples(requests)
+    plain = _plainly(base, samples)
+    if any(reply.logits is not None and bool(reply.logits.isnan().any()) for reply in plain):
+        raise no_numbers()
+    reasons: dict[str, list[str]] = {}
+    for path in PATHS:
+        if path.padding == "none":
+            samples = _equally_long(requests)
+            plain = _plainly(base, samples)
+        reason = _refused(base, path, requests) or _difference(base, path, samples, plain, budget)
+        if not reason:
+            agreed = f"equal to one-by-one generation on {len(samples)} prompts"
+            return Choice(path, "; ".join([agreed, *_listed(reasons)]))
+        reasons.setdefault(reason, []).append(path.name)
+    return Choice(None, "; ".join(_listed(reasons)))
+
+
+def _plainly(base: Base, samples: Sequence[Request]) -> list[Reply]:
+    """Return the replies of the model's own `generate`, one prompt at a time, with their logits."""
     try:
-        plain = [
-            reply
-            for replies in answer_one_by_one(base, samples, pad_token_of(base), keep_logits=True)
-            for reply in replies
-        ]
+        return list(_all(answer_one_by_one(base, samples, pad_token_of(base), keep_logits=True)))
     except Exception as error:
         if is_out_of_memory(error):
             raise no_room(max(len(sample.tokens) for sample in samples)) from None
         raise UsageError(
             f"The base model cannot generate with transformers ({_said(error)}).", hint="Choose another base model."
         ) from error
-    if any(reply.logits is not None and bool(reply.logits.isnan().any()) for reply in plain):
-        raise no_numbers()
-    reasons: dict[str, list[str]] = {}
-    for path in PATHS:
-        reason = _refused(base, path, requests)
-        if not reason:
-            reason = _difference(base, path, samples, plain, budget)
-        if not reason:
-            agreed = f"equal to one-by-one generation on {len(samples)} prompts"
-            return Choice(path, "; ".join([*_listed(reasons), agreed]))
-        reasons.setdefault(reason, []).append(path.name)
-    return Choice(None, "; ".join(_listed(reasons)))
 
 
 def _listed(reasons: Mapping[str, Sequence[str]]) -> list[str]:
@@ -191,6 +193,19 @@ def _samples(requests: Sequence[Request]) -> list[Request]:
         tokens = furthest.tokens + tuple(islice(cycle(furthest.tokens), total - MOST_STEPS - len(furthest.tokens)))
         samples.append(Request(tokens, MOST_STEPS))
     return samples
+
+
+def _equally_long(requests: Sequence[Request]) -> list[Request]:
+    """Return two requests of the shortest and of the longest length that two have, so that they make batches.
+
+    Where no two are equally long, the shortest and the longest: that path then answers one by one.
+    """
+    by_length: dict[int, list[Request]] = {}
+    for request in requests:
+        by_length.setdefault(len(request.tokens), []).append(request)
+    lengths = sorted(length for length, owners in by_length.items() if len(owners) > 1) or sorted(by_length)
+    chosen = [request for length in dict.fromkeys((lengths[0], lengths[-1])) for request in by_length[length][:2]]
+    return [replace(request, new_tokens=min(request.new_tokens, MOST_STEPS)) for request in chosen]
 
 
 def _refused(base: Base, path: AnswerPath, requests: Sequence[Request]) -> str:
