@@ -196,11 +196,18 @@ def _show(result: EvalResult) -> None:
         for row in rows:
             table.add_row(*_cells(row))
         stdout.print(table)
-        for text in dict.fromkeys([first.partial and f"partial: {first.partial}", *first.findings]):
-            if text:
-                warn(f"{bench}: {text}")
+        if first.partial:
+            warn(f"{bench}: partial: {first.partial}")
+        for text in dict.fromkeys(text for row in rows for text in row.findings):
+            owners = [row.subject for row in rows if text in row.findings]
+            about = bench if len(owners) == len(rows) else f"{', '.join(owners)} on {bench}"
+            warn(f"{about}: {text}")
         for row in rows:
             _say_more(row)
+        if first.protocol == "flowertune":
+            for path, reason in dict.fromkeys((row.answer_path, row.answer_path_reason) for row in rows):
+                owners = [row.subject for row in rows if (row.answer_path, row.answer_path_reason) == (path, reason)]
+                note(f"{', '.join(owners)} on {bench}: answered with {path} ({reason})")
     note(f"results {result.file}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
-from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, tokenize
+from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, pad_token_of, tokenize
 from fedtune.evaluation.artefacts import write_artefacts
 from fedtune.evaluation.benchmarks.base import Benchmark, Selection
 from fedtune.evaluation.benchmarks.load import QuestionSet, load_questions
@@ -28,14 +29,15 @@ from fedtune.evaluation.official import (
     answer_part,
     new_tokens,
 )
+from fedtune.evaluation.probe import ONE_BY_ONE, Choice, choose_path, no_numbers, warnings_about
 from fedtune.evaluation.question_check import check_questions
+from fedtune.evaluation.results import FILE, FORMAT, add_results, cannot_write, prepare_folder, without_nan
 from fedtune.evaluation.scoring import Answer, Score, score
 from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
 from fedtune.models import integrity
 from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, AdaptedModel, attach_saved, read_adapter, reading_config
 from fedtune.models.base import Base, compute_dtype, load_base
 from fedtune.models.hub import resolve_base
-from fedtune.runs.atomic import alone_in, write_json
 from fedtune.runs.directory import file_sha256
 
 Mode = Literal["fast", "official"]
@@ -123,7 +125,7 @@ class BenchResult:
     """Why this is not the whole benchmark; empty when it is."""
     findings: tuple[str, ...]
     comparable: bool
-    """Whether the accuracy may stand beside the leaderboard's."""
+    """Whether the accuracy may stand beside the leaderboard's; not where verified answers differ."""
     seconds: float
     prompt_tokens: int
     details: Mapping[str, Any] = field(repr=False)
@@ -131,6 +133,10 @@ class BenchResult:
     used_mib: float | None = None
     against_base: PairedTest | None = None
     agreement: Agreement | None = None
+    answer_path: str = ""
+    """How the answers were computed: a name of `answer.PATHS`, `one by one`, or what another protocol does."""
+    answer_path_reason: str = ""
+    """Why on that path."""
 
     @property
     def questions_per_second(self) -> float:
@@ -201,11 +207,14 @@ def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalRe
     A result that is on disk is not computed again; a killed call goes on where it stopped.
 
     Raises:
-        MissingError: model, adapter or data cannot be had, or an adapter does not fit the base.
-        UsageError: the data is not what a benchmark needs.
+        MissingError: model, adapter or data cannot be had, an adapter does not fit the base, or the results folder cannot
+            be written or holds results that this version cannot read.
+        UsageError: the data is not what a benchmark needs, or the model cannot answer it.
     """
     sets = [load_questions(selection, settings.data_dir, settings.limit) for selection in settings.selections]
     check_adapters(settings.subjects)
+    prepare_folder(settings.out)
+    prepare_folder(settings.out / "answers")
     bench = Bench(settings.model)
     results: list[BenchResult] = []
     for subject in settings.subjects:
@@ -218,8 +227,8 @@ def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalRe
 def finish(settings: EvalSettings, results: Sequence[BenchResult]) -> EvalResult:
     """Add the tests against the base, and write results.json."""
     tested = _with_base(results)
-    file = settings.out / "results.json"
-    _merge_results(file, tested)
+    file = settings.out / FILE
+    add_results(file, [result_record(result) for result in tested])
     return EvalResult(tuple(tested), file)
 
 
@@ -283,8 +292,18 @@ def _score_one(
         for place, question in enumerate(questions.questions)
     ]
     result = score(answers, selection.benchmark.answer_type)
-    write_artefacts(settings.out, selection, label, answers, result.accuracy)
+    try:
+        write_artefacts(settings.out, selection, label, answers, result.accuracy)
+    except OSError as error:
+        raise cannot_write(settings.out, error) from error
     agreement = _verify(bench, settings, subject, questions, journal) if settings.verify else None
+    findings = [*(finding.text for finding in questions.findings), *journal.findings]
+    agreed = agreement is None or agreement.equal == agreement.asked
+    if agreement is not None and not agreed:
+        findings.append(
+            f"{agreement.asked - agreement.equal} of {agreement.asked} verified answers differ from one-by-one generation on "
+            "the same weights, so that the accuracy is not comparable; --mode official answers one by one"
+        )
     return BenchResult(
         subject=subject.name,
         bench=selection.name,
@@ -294,13 +313,15 @@ def _score_one(
         score=result,
         interval=wilson(result.k, result.n),
         partial=questions.partial_because,
-        findings=tuple(finding.text for finding in questions.findings),
-        comparable=questions.comparable,
+        findings=tuple(findings),
+        comparable=questions.comparable and agreed,
         seconds=journal.seconds,
         prompt_tokens=journal.prompt_tokens,
         details={**details, "questions_from": questions.source},
         used_mib=subject.used_mib,
         agreement=agreement,
+        answer_path=journal.answer_path or "",
+        answer_path_reason=journal.reason,
     )
 
 
@@ -321,8 +342,10 @@ def _answer(
         return score(answers, kind).k if answers else 0
 
     began = time.monotonic()
-    answered, total_right = 0, right(journal.outputs.items())
-    for replies, seconds, tokens in _timed(_replies(base, settings, questions, set(journal.outputs))):
+    answered, total_right = 0, 0
+    for replies, seconds, tokens in _timed(_replies(base, settings, questions, journal)):
+        if not answered:
+            total_right = right(journal.outputs.items())  # those of earlier processes
         journal.add(replies, seconds, tokens)
         answered += len(replies)
         total_right += right((reply.place, reply.text) for reply in replies)
@@ -341,30 +364,47 @@ def _answer(
 
 
 def _replies(
-    base: Base, settings: EvalSettings, questions: QuestionSet, known: set[int]
+    base: Base, settings: EvalSettings, questions: QuestionSet, journal: Journal
 ) -> Iterator[tuple[list[Reply], int]]:
-    """Yield replies to the questions that are not known yet, by their places, with the tokens of their prompts.
+    """Yield replies to the questions that the journal lacks, by their places, with the tokens of their prompts.
 
     Questions with the same prompt share one reply, as in the leaderboard's scripts.
     """
     benchmark = questions.selection.benchmark
     asked = questions.questions
-    if benchmark.answer_type == "sentiment" and settings.mode == "official":
-        cut = {q.prompt: ids[:FINANCE_LENGTH] for q, ids in zip(asked, tokenize(base, [q.prompt for q in asked]), strict=True)}
-        _requests(base, settings, questions, cut)  # checks them
-        yield from _finance_replies(base, [question.prompt for question in asked], known)
-        return
     places: dict[str, list[int]] = {}
     for place, question in enumerate(asked):
         places.setdefault(question.prompt, []).append(place)
-    prompts = [prompt for prompt, owners in places.items() if not known.issuperset(owners)]
-    tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in prompts])
-    requests = _requests(base, settings, questions, dict(zip(prompts, tokens, strict=True)))
-    if settings.mode == "official":
+    tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in places])
+    everything = _requests(base, settings, questions, dict(zip(places, tokens, strict=True)))
+    budget = Budget.of(base.device)
+    finance = benchmark.answer_type == "sentiment" and settings.mode == "official"
+    choice: Choice | None = None
+    findings = warnings_about(base, everything)
+    if finance:
+        journal.choose(f"batches of {FINANCE_BATCH_SIZE} padded on the left", "the official mode", findings)
+    elif settings.mode == "official":
+        journal.choose(ONE_BY_ONE, "the official mode", findings)
+    else:
+        choice = choose_path(base, everything, budget)
+        journal.choose(choice.name, choice.reason, findings)
+    known = set(journal.outputs)
+    if finance:
+        yield from _finance_replies(base, [question.prompt for question in asked], known)
+        return
+    waiting = {
+        prompt: request
+        for (prompt, owners), request in zip(places.items(), everything, strict=True)
+        if not known.issuperset(owners)
+    }
+    prompts, requests = list(waiting), list(waiting.values())
+    if choice is None or choice.path is None:
         stream = answer_one_by_one(base, requests, pad_token_of(base))
     else:
-        stream = answer(base, requests, Budget.of(base.device), Work())
+        stream = answer(base, requests, budget, Work(), choice.path)
     for replies in stream:
+        if any(math.isnan(reply.gap) for reply in replies):
+            raise no_numbers()
         spread = [
             Reply(place, _output(benchmark, reply.text), reply.gap)
             for reply in replies
@@ -390,7 +430,9 @@ def _requests(
 ) -> list[Request]:
     """Return a request for each prompt of `tokens`, with as many new tokens as the protocol allows."""
     if questions.selection.benchmark.answer_type == "sentiment":
-        requests = [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in tokens.values()]
+        official = settings.mode == "official"  # it cuts prompts to the length that it allows
+        cut = [ids[:FINANCE_LENGTH] if official else ids for ids in tokens.values()]
+        requests = [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in cut]
     else:
         counts = new_tokens(base, questions.questions, settings.batch_size)
         limits = {question.prompt: count for question, count in zip(questions.questions, counts, strict=True)}
@@ -410,13 +452,6 @@ def _timed(stream: Iterator[tuple[list[Reply], int]]) -> Iterator[tuple[list[Rep
     for replies, tokens in stream:
         yield replies, time.monotonic() - began, tokens
         began = time.monotonic()
-
-
-def pad_token_of(base: Base) -> int:
-    """Return the token that `generate` pads with; one prompt at a time never needs it."""
-    if base.tokenizer.pad_token_id is not None:
-        return int(base.tokenizer.pad_token_id)
-    return int(base.tokenizer.eos_token_id or 0)
 
 
 def _verify(
@@ -455,7 +490,8 @@ def _with_base(results: Sequence[BenchResult]) -> list[BenchResult]:
 def result_record(result: BenchResult) -> dict[str, Any]:
     """Return a result as it stands in results.json."""
     score_ = result.score
-    return {
+    record = {
+        "format": FORMAT,
         "subject": result.subject,
         "bench": result.bench,
         "label": result.label,
@@ -480,23 +516,11 @@ def result_record(result: BenchResult) -> dict[str, Any]:
         "questions_per_second": result.questions_per_second,
         "tokens_per_second": result.prompt_tokens / result.seconds if result.seconds else None,
         "verified": result.agreement and asdict(result.agreement),
+        "answer_path": result.answer_path,
+        "answer_path_reason": result.answer_path_reason,
         **{key: value for key, value in result.details.items() if key not in ("bench", "protocol", "mode")},
     }
-
-
-def _merge_results(file: Path, results: Sequence[BenchResult]) -> None:
-    """Write results.json: these results, and those of earlier calls about something else."""
-    fresh = [result_record(result) for result in results]
-    keys = ("label", "bench", "protocol", "mode")
-    taken = {tuple(record[key] for key in keys) for record in fresh}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(file.parent):
-        try:
-            old = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            old = []
-        kept = [record for record in old if tuple(record.get(key) for key in keys) not in taken]
-        write_json(file, [*kept, *fresh])
+    return {key: without_nan(value) for key, value in record.items()}
 
 
 def _on_hub(model: ModelConfig) -> bool:

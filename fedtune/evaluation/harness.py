@@ -37,6 +37,7 @@ from fedtune.evaluation.evaluate import (
     identity,
     label_of,
 )
+from fedtune.evaluation.results import prepare_folder
 from fedtune.evaluation.scoring import Score, SubsetScore
 from fedtune.evaluation.statistics import wilson
 from fedtune.runs.log import silence_libraries
@@ -100,6 +101,7 @@ def evaluate_with_harness(settings: EvalSettings, listener: Listener | None = No
     results = []
     with tempfile.TemporaryDirectory() as folder:
         sets = [_checked(selection, settings) for selection in settings.selections]
+        prepare_folder(settings.out)
         plans = [_local_tasks(selection, settings, Path(folder)) for selection in settings.selections]
         manager = TaskManager(include_path=folder)
         for subject in settings.subjects:
@@ -190,6 +192,8 @@ def _score_one(
             "lm_eval": version("lm_eval"),
         },
         used_mib=subject.used_mib,
+        answer_path="lm-eval",
+        answer_path_reason="its own batches",
     )
 
 

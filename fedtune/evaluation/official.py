@@ -32,7 +32,9 @@ def new_tokens(base: Base, questions: Sequence[Question], batch_size: int = BATC
 
 
 @torch.inference_mode()
-def answer_one_by_one(base: Base, requests: Sequence[Request], pad_token: int) -> Iterator[list[Reply]]:
+def answer_one_by_one(
+    base: Base, requests: Sequence[Request], pad_token: int, *, keep_logits: bool = False
+) -> Iterator[list[Reply]]:
     """Answer requests one at a time, in their order, through the model's own `generate`; yield each reply."""
     stops = stop_tokens(base)
     for place, request in enumerate(requests):
@@ -51,9 +53,10 @@ def answer_one_by_one(base: Base, requests: Sequence[Request], pad_token: int) -
             output_logits=True,
         )
         best = out.logits[0][0].float().topk(2).values
-        new = until_stop(out.sequences[0, ids.shape[1] :].tolist(), stops)  # EOS may be no special token of the tokenizer
-        text = base.tokenizer.decode(new, skip_special_tokens=True)
-        yield [Reply(place, text, float(best[0] - best[1]))]
+        tokens = tuple(out.sequences[0, ids.shape[1] :].tolist())
+        text = base.tokenizer.decode(tokens, skip_special_tokens=True)
+        logits = torch.cat(out.logits).float() if keep_logits else None  # (new tokens, vocabulary)
+        yield [Reply(place, text, float(best[0] - best[1]), tokens, logits)]
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedtune.errors import UsageError
 from fedtune.evaluation.answer import Request
 from fedtune.models.base import Base
-from fedtune.models.limits import first_excess, limits_of, warn_of_length
+from fedtune.models.limits import first_excess, limits_of
 
 
 def check_questions(base: Base, bench: str, numbers: Mapping[str, int], requests: Sequence[Request]) -> None:
@@ -28,7 +28,6 @@ def check_questions(base: Base, bench: str, numbers: Mapping[str, int], requests
     whole = [request.tokens + (0,) * (request.new_tokens - 1) for request in requests]
     excess = first_excess(whole, limits)
     if excess is None:
-        warn_of_length(max(map(len, whole), default=0), limits, f"a question of {bench} with its answer", name)
         return
     where = f"Question {list(numbers.values())[excess.place] + 1} of {bench}"
     if excess.token is not None:

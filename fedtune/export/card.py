@@ -17,7 +17,8 @@ from fedtune.data.prompt import render_text
 from fedtune.errors import UsageError
 from fedtune.evaluation.benchmarks.base import Selection
 from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.export.finished import FinishedRun, Record
+from fedtune.evaluation.results import Record
+from fedtune.export.finished import FinishedRun
 from fedtune.export.package import hub_base, hub_data, public_name, strike
 from fedtune.units import to_mib
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fedtune.budget.ledger import Entry, read_ledger
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
+from fedtune.evaluation.results import FILE, Record, read_results
 from fedtune.models.adapter import WEIGHTS_FILE, SavedAdapter, read_adapter
 from fedtune.runs.directory import RUNS, RunDirectory, file_sha256, find_run
-
-Record = Mapping[str, Any]
-"""One result as `results.json` holds it."""
-
-_KEYS = {"subject", "bench", "protocol", "mode", "accuracy", "n", "k", "interval_95", "unparsed"}
-"""What every result has."""
 
 
 @dataclass(frozen=True)
@@ -145,20 +137,7 @@ def open_run(name: str | None = None, adapter: str | None = None, runs: Path = R
 
 
 def _results(run: RunDirectory) -> list[Record]:
-    file = run.path / "benchmarks" / "results.json"
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{file} is damaged.", hint="Delete it and score again: fedtune eval --bench … --peft …"
-        ) from None
-    if not isinstance(records, list) or not all(
-        isinstance(record, dict) and record.keys() >= _KEYS for record in records
-    ):
-        raise UsageError(f"{file} holds no list of results.", hint="Delete it and score again.")
-    return records
+    return read_results(run.path / "benchmarks" / FILE)
 
 
 def _as_the_leaderboard(record: Record) -> bool:

@@ -11,8 +11,9 @@ from peft import LoraConfig
 
 from fedtune.budget.ledger import Entry
 from fedtune.errors import UsageError
+from fedtune.evaluation.results import Record
 from fedtune.export.card import card, evaluation_command, missing_benches, used_mib
-from fedtune.export.finished import FinishedRun, Record
+from fedtune.export.finished import FinishedRun
 from fedtune.export.package import Exported, Package, package, public_config, public_name, strike
 from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE
 from fedtune.models.hub import resolve_base

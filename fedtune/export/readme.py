@@ -8,8 +8,9 @@ from typing import Any
 
 from fedtune.config.facts import LEADERBOARD_CAP_MIB, load_preset, table_value
 from fedtune.config.load import leaves, load_config
+from fedtune.evaluation.results import Record
 from fedtune.export.card import method_text, title, used_mib
-from fedtune.export.finished import FinishedRun, Record
+from fedtune.export.finished import FinishedRun
 from fedtune.export.submission_config import portable
 
 _SAID_ELSEWHERE = ("challenge", "recipe")

@@ -25,8 +25,9 @@ from fedtune.budget.ledger import comm_cost_lines
 from fedtune.config.facts import LEADERBOARD_CAP_MIB, ineligible_because, load_preset, preset_names
 from fedtune.errors import FedTuneError, MissingError, UsageError
 from fedtune.evaluation.artefacts import artefact_paths, rescore
+from fedtune.evaluation.results import Record
 from fedtune.export.card import challenge_benches, selection_of, used_mib
-from fedtune.export.finished import FinishedRun, Record
+from fedtune.export.finished import FinishedRun
 from fedtune.export.folder import adapter_config
 from fedtune.export.package import Exported, Package, hub_base, hub_data, package, strike
 from fedtune.export.readme import readme

@@ -16,6 +16,7 @@ from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import MissingError, UsageError
 from fedtune.evaluation import answer as fast
 from fedtune.evaluation import evaluate as module
+from fedtune.evaluation import results
 from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
 from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.benchmarks.load import load_questions
@@ -189,8 +190,8 @@ def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> No
 def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path, None)
     (result,) = evaluate(settings).results
-    write = module.write_json
-    monkeypatch.setattr(module, "write_json", lambda path, value: (time.sleep(0.2), write(path, value)))
+    write = results.write_text
+    monkeypatch.setattr(results, "write_text", lambda path, text: (time.sleep(0.2), write(path, text)))
     others = [[replace(result, label=f"other-{number}")] for number in range(3)]
     with ThreadPoolExecutor() as threads:
         list(threads.map(partial(module.finish, settings), others))
@@ -360,20 +361,23 @@ def test_mmlu_has_a_row_for_every_subject(tmp_path: Path) -> None:
 def test_an_answer_that_is_complete_costs_no_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows end at different steps, by a stop token (5) or their number of new tokens; what follows in a row is not kept."""
     base = load_base(MODEL)
-    script = [[5, 20, 20, 20], [20, 20, 20, 20], [20, 5, 20, 20], [20, 20, 20, 5], [5, 5, 5, 5]]  # a step a list
+    script = [[0], [5, 20, 20, 20], [20, 20, 20, 20], [20, 5, 20, 20], [20, 20, 20, 5], [5, 5, 5, 5]]  # prefix, then a step a list
     calls: list[int] = []
 
-    def head(hidden: torch.Tensor) -> torch.Tensor:  # (rows, width) -> (rows, tokens)
-        calls.append(len(hidden))
-        return torch.nn.functional.one_hot(torch.tensor(script[len(calls) - 1]), base.model.config.vocab_size).float()
+    class Scripted(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # (rows, 1, width) -> (rows, 1, tokens)
+            calls.append(len(hidden))
+            tokens = torch.tensor(script[len(calls) - 1])[:, None]
+            return torch.nn.functional.one_hot(tokens, base.model.config.vocab_size).float()
 
     monkeypatch.setattr(fast, "stop_tokens", lambda base: frozenset([5]))
-    monkeypatch.setattr(base.model, "get_output_embeddings", lambda: head)
+    monkeypatch.setattr(base.model, "lm_head", Scripted())
     requests = [Request((1, 30, 31, 32 + row), limit) for row, limit in enumerate([40, 40, 2, 40])]
     (replies,) = fast.answer(base, requests, Budget(4096))
-    assert calls == [4, 4, 4, 4]
+    assert calls == [1, 4, 4, 4, 4]
     one = base.tokenizer.decode([20])
-    assert [reply.text for reply in replies] == ["", one * 2, one * 2, one * 3]
+    end = base.tokenizer.decode([5])  # no special token: `generate` leaves it in the text
+    assert [reply.text for reply in replies] == [end, one + one + end, one * 2, one * 3 + end]
 
 
 FPB = [{"sentence": f"Profit rose {'and rose ' * (n % 5)}by {n} %.", "label": n % 3} for n in range(35)]

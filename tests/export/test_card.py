@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from small_runs import TOKEN, make_run, result, write_results
 
-from fedtune.errors import UsageError
+from fedtune.errors import MissingError, UsageError
 from fedtune.export.card import (
     average_accuracy,
     card,
@@ -214,5 +214,5 @@ def test_damaged_results_are_named(run: Path) -> None:
     for content in ("{", "{}", '[{"bench": "tiny"}]'):
         (run / "benchmarks").mkdir(exist_ok=True)
         (run / "benchmarks" / "results.json").write_text(content)
-        with pytest.raises(UsageError, match=r"results\.json"):
+        with pytest.raises(MissingError, match=r"results\.json"):
             card(open_run(str(run)))
