@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedtune.evaluation.answer import Reply, Request, stop_tokens, until_stop
+from fedtune.evaluation.answer import Reply, Request, stop_tokens
 from fedtune.evaluation.benchmarks.base import Question
 from fedtune.models.base import Base
 
@@ -93,8 +93,7 @@ def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
                 eos_token_id=sorted(stops) or None,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            rows = [[*row[:width], *until_stop(row[width:], stops)] for row in out.tolist()]
-            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             yield [Reply(start + row, answer_part(text), float("nan")) for row, text in enumerate(texts)]
     finally:
         tokenizer.padding_side = side
