@@ -25,6 +25,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
 
 from fedtune.budget.traffic import sample
 from fedtune.config.schema import FedTuneConfig, PrivacyConfig
@@ -238,7 +239,12 @@ def _gaussian(seed: bytes, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     pairs = (count + 1) // 2
     key = hashlib.blake2b(name.encode(), key=seed, digest_size=32).digest()
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(16 * pairs))
-    uniform = ((np.frombuffer(stream, "<u8") >> 11) + 0.5) * 2.0**-53  # in (0, 1], so that its logarithm is finite
+    uniform = _uniform(np.frombuffer(stream, "<u8"))
     radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * np.pi * uniform[pairs:]
     draws = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     return torch.from_numpy(draws.reshape(shape))
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return one number in (0, 1] for each word of 64 bits; above 0, so that its logarithm is finite."""
+    return np.asarray(((words >> 11) + 0.5) * 2.0**-53)

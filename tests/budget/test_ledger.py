@@ -1,5 +1,8 @@
 """The ledger and the byte counts, held against Flower's own."""
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +106,58 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     path.write_text(path.read_text() + damage + "\n")
     with pytest.raises(UsageError, match="ledger is damaged"):
         read_ledger(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *(
+            ({name: value}, f"{name} is {value!r}")
+            for name in ("round", "bytes", "serialised_bytes")
+            for value in (-1, 1.0, "1", True, None)
+        ),
+        *(({"node": value}, f"node is {value!r}") for value in (-2, 0.0, "0", False, None)),
+        *(({"direction": value}, f"direction is {value!r}") for value in ("sideways", "", None, "UP")),
+        *(({"status": value}, f"status is {value!r}") for value in ("fine", "", None)),
+    ],
+)
+def test_a_value_that_no_message_has_is_named_with_its_line(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    good = {"round": 0, "node": -1, "direction": "up", "kind": "train", "bytes": 0, "serialised_bytes": 0}
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, **change}) + "\n")
+    with pytest.raises(UsageError, match=re.escape(f"The ledger is damaged: {said} in line 2 of {path}.")):
+        read_ledger(path)
+    path.write_text(json.dumps(good) + "\n")
+    assert read_ledger(path) == [Entry(0, -1, "up", "train", 0, 0, "ok")]
+
+
+@pytest.mark.parametrize("status", ["ok", "error", "refused", "lost"])
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_every_status_and_direction_is_read_back(tmp_path: Path, status: str, direction: str) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", 1.0)
+    added = replace(entry(1, direction, 3), status=status)  # type: ignore[arg-type]
+    ledger.add(added)
+    assert (ledger.entries, ledger.used_bytes, read_ledger(ledger.path)) == ([added], 3, [added])
+
+
+def test_rounds_and_directions_stand_in_order_and_add_up() -> None:
+    """Rounds by number, down before up, whatever the order of the entries; queries are not counted."""
+    entries = [entry(r, d, c * 2**20) for r, d, c in ((10, "up", 8), (2, "up", 2), (2, "down", 1), (10, "down", 4))]
+    assert [line.split("used ")[1].split(" this")[0] for line in comm_cost_lines(entries)] == [
+        "1.00 MB (+1.00 MB",
+        "3.00 MB (+2.00 MB",
+        "7.00 MB (+4.00 MB",
+        "15.00 MB (+8.00 MB",
+    ]
+    assert comm_cost_lines([entry(1, "up", 9, "query")]) == []
+
+
+def test_the_cap_is_held_against_what_was_sent_and_what_is_planned(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", cap_mib=2.0)
+    ledger.add(entry(1, "down", 2**20))
+    with pytest.raises(CapError, match=r"next messages \(1\.50 MiB\) would pass communication.cap_mib = 2: 1\.00 MiB"):
+        ledger.reserve(2**20 + 2**19)
+    assert (ledger.used_bytes, len(ledger.entries)) == (2**20, 1)  # nothing was sent
+    ledger.reserve(2**20)

@@ -231,8 +231,8 @@ def start_superlink(start: Start, port: int) -> Running:
     return superlink, said
 
 
-def start_node(start: Start, address: str, number: int, files: Path) -> Running:
-    words = ["--superlink", address, "--insecure", "--model", "builtin:tiny", "--partition", str(number)]
+def start_node(start: Start, address: str, number: int, files: Path, *more: str | Path) -> Running:
+    words = ["--superlink", address, "--insecure", "--model", "builtin:tiny", "--partition", str(number), *more]
     node, said = start(*CLI, "node", *words, "--data", files / f"{number}.jsonl")
     wait_for("SuperNode ID", said)
     return node, said
@@ -261,6 +261,48 @@ def test_a_node_without_a_key_comes_back_as_another(start: Start, tmp_path: Path
     status = {(line["round"], line["partition"]): line["status"] for line in read_json_lines(run / "metrics.jsonl")}
     assert "error" in status.values()
     assert [status[5, partition] for partition in (0, 1)] == ["ok", "ok"]
+
+
+@pytest.mark.slow
+def test_a_second_run_on_a_superlink_gets_no_second_budget(start: Start, tmp_path: Path) -> None:
+    """Two releases at a noise multiplier of 5 have epsilon 2.29, three 2.88. The nodes are started anew between the runs."""
+    files, port = two_files(tmp_path), free_port()
+    address = f"127.0.0.1:{port}"
+    start_superlink(start, port)
+    private = [f"privacy.{one}" for one in ("mode=local", "noise_multiplier=5.0", "epsilon=2.6")]
+    private = [word for one in private for word in ("--set", one)]
+
+    def nodes() -> list[Running]:
+        return [start_node(start, address, n, files, *private, "--state", tmp_path / f"state-{n}") for n in range(2)]
+
+    small = ["federation.rounds=2", "federation.clients=2", "federation.fraction=1.0", "training.max_steps=1"]
+    words = [
+        "--challenge",
+        "tiny",
+        "--superlink",
+        address,
+        *(word for one in small for word in ("--set", one)),
+        *private,
+    ]
+    first = nodes()
+    training, said = start(*CLI, "train", *words, "--out", tmp_path / "runs")
+    assert training.wait(300) == 0, said.read_text()
+    for node, _ in first:
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(30) == 130
+    second = nodes()
+    assert all("2 releases of this data, epsilon 2." in text.read_text() for _, text in second)
+    training, said = start(*CLI, "train", *words, "--set", "seed=7", "--out", tmp_path / "again")
+    assert training.wait(300) == 4
+    told = " ".join(said.read_text().split())
+    assert (
+        "All 2 clients of round 1 failed in the same way: Another reply would bring this client's epsilon to 2." in told
+    )
+    for number in range(2):
+        assert "Another reply would bring" in (tmp_path / f"state-{number}" / "debug.log").read_text()
+        book = json.loads((tmp_path / f"state-{number}" / "privacy" / "account.json").read_text())
+        (account,) = book["accounts"].values()
+        assert [release["round"] for release in account["releases"]] == [1, 2]
 
 
 @pytest.mark.slow

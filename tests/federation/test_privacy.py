@@ -13,6 +13,7 @@ from fedtune.config.schema import FederationConfig, FedTuneConfig, PrivacyConfig
 from fedtune.errors import ClientError
 from fedtune.federation.privacy import (
     Accountant,
+    _uniform,
     clip_update,
     gaussian_epsilon,
     new_key,
@@ -116,6 +117,13 @@ def test_the_noise_is_gaussian() -> None:
     half = count // 2
     for left, right in ((noise[1:], noise[:-1]), (noise[:half], noise[-half:]), (noise[:half], noise[half : 2 * half])):
         assert abs(float((left * right).mean())) < 4 / math.sqrt(half)
+
+
+def test_no_word_gives_a_draw_that_is_not_finite() -> None:
+    """Box-Muller takes a logarithm: 0 would give infinite noise, once in 2^53 draws."""
+    words = np.array([0, 1, 2**11 - 1, 2**11, 2**63, 2**64 - 1], dtype="<u8")
+    half = 2.0**-54
+    assert _uniform(words).tolist() == [half, half, half, 3 * half, 0.5 + half, 1.0]
 
 
 def test_same_key_same_bits_and_anything_else_other_noise() -> None:
