@@ -79,7 +79,7 @@ def fit(config: FedTuneConfig, what: What, cap_mib: float) -> Fit:
         return known[value].total_bytes
 
     value = largest(bytes_of, int(cap_mib * 2**20))
-    needed = max(config.federation.min_success, replies_needed(config.strategy))
+    needed = max(config.federation.required_replies, replies_needed(config.strategy))
     if value == 0 or known[value].clients_per_round < needed:
         of_smallest = to_mib(bytes_of(max(1, value)))
         why = f"{needed} clients a round (federation.min_success, strategy.name)" if value else f"{PATHS[what]} = 1"

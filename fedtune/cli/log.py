@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from fedtune.runs.log import current_log, is_ours, reroute_libraries
+from fedtune.runs.log import current_log, is_ours, reroute_libraries, traceback_of
 
 Say = Callable[[str], None]
 
@@ -25,27 +24,19 @@ class TerminalHandler(logging.Handler):
         if not is_ours(record) and record.levelno < logging.WARNING:
             return
         try:
-            text, trace, file = record.getMessage(), _traceback_of(record), current_log()
+            text, trace, file = record.getMessage(), traceback_of(record), current_log()
             if trace and file is not None and not self._debug:
                 text, trace = f"{text.removesuffix('.')}; the traceback is in {file}", ""
             if not is_ours(record):
                 text = f"{record.name}: {text}"
-            if text not in self._shown or trace:
+            # A node's errors are told as often as they happen, for each belongs to another message.
+            if text not in self._shown or trace or record.levelno >= logging.ERROR:
                 self._shown.add(text)
                 (self._warn if record.levelno >= logging.WARNING else self._note)(text)
                 if trace:
                     self._note(trace)
         except Exception:
             self.handleError(record)
-
-
-def _traceback_of(record: logging.LogRecord) -> str:
-    """Return a record's traceback, or an empty string."""
-    if record.exc_text:  # of another process
-        return record.exc_text
-    if record.exc_info and record.exc_info[1] is not None:
-        return "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-    return ""
 
 
 @contextmanager

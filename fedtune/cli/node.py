@@ -70,7 +70,8 @@ def node(
             "--state",
             parser=options.path,
             metavar="DIR",
-            help="Keep here what an algorithm carries on from round to round.",
+            help="A folder for your privacy account, the node's log, and what is carried on from round to round; "
+            "local privacy needs it.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what was found, and stop.")] = False,
@@ -84,6 +85,11 @@ def node(
     if insecure and (ca or key):
         raise UsageError("--insecure means no TLS, which --ca and --key need.", hint="Leave --insecure out.")
     settings = _settings(data, model, challenge, recipe, config, set_, state, max_seconds, at_most)
+    if settings.insists_on_local_privacy and settings.state is None:
+        raise UsageError(
+            "privacy.mode = local needs a folder that keeps count of what this node has released.",
+            hint="Name one that is used for nothing else: --state DIR",
+        )
     facts = _check(settings, superlink, ca, key, insecure)
     if dry_run:
         print_data("".join(f"{line}\n" for line in [*facts, "nothing was started"]))
@@ -212,4 +218,30 @@ def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | 
         f"base model {settings.base}{f' at {resolved.revision}' if resolved.revision else ''}",
         f"fedtune {version('fedtune')}; runs of another version or base model are refused",
         *(f"takes part with {term}" for term in settings.terms),
+        *([_account(settings, data)] if settings.state else []),
     ]
+
+
+def _account(settings: NodeSettings, data: Path) -> str:
+    """Return what this node's data has spent of its privacy, in a line; nothing is made."""
+    from fedtune.config.schema import PrivacyConfig
+    from fedtune.federation.account import AccountBook
+    from fedtune.runs.directory import file_sha256
+
+    book, name = AccountBook(Path(str(settings.state))), file_sha256(data)
+    if book.is_new:
+        return f"privacy account {book.file}: new, nothing is spent"
+    try:
+        account, others = book.account(name), book.others(name)
+    except MissingError as error:
+        if settings.insists_on_local_privacy:
+            raise
+        warn(f"{error} Until then this node refuses runs with local privacy.")
+        return f"privacy account {book.file}: cannot be read"
+    if others:
+        warn(
+            f"{book.file} has releases of {len(others)} other data files; a row that is in several has spent several budgets"
+        )
+    delta = next((float(term.value) for term in settings.terms if term.key == "privacy.delta"), PrivacyConfig().delta)
+    count, spent = (len(account.releases), account.epsilon(delta)) if account else (0, 0.0)
+    return f"privacy account {book.file}: {count} releases of this data, epsilon {spent:.2f} at delta {delta:g}"

@@ -20,7 +20,6 @@ from fedtune.federation.events import (
     ClientsAwaited,
     DataReady,
     Event,
-    ReplyArrived,
     RoundDone,
     RoundStarted,
     RunOpened,
@@ -86,9 +85,6 @@ class TrainProgress:
                 self.recent.append((event.tokens, event.seconds))
                 self.client = f"client {event.partition}, step {event.step}/{event.steps}"
                 self.loss = f"{event.loss:.4f}"
-            case ReplyArrived() if event.status != "ok":
-                who = f"client {event.partition}" if event.partition >= 0 else "an unknown node"
-                warn(f"round {event.round}: the reply of {who} is left out: {event.reason}")
             case RoundDone():
                 self._round(event)
             case AdapterSaved():

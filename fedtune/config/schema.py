@@ -163,8 +163,10 @@ class FederationConfig(Section):
     """Share of the clients that train in a round."""
     rounds: PositiveInt = 200
     """Number of rounds."""
-    min_success: PositiveInt = 1
-    """A round with fewer accepted replies fails the run."""
+    min_success: PositiveInt | None = None
+    """A round with fewer accepted replies ends the run. Without a number one reply is enough, but a client that fails in the same
+    way in two rounds ends the run as well; with a number the run goes on without such clients. A node that is gone counts as
+    absent, not as failed."""
     client_timeout_s: float = Field(3600.0, gt=0)
     """A client that has not replied after so many seconds is counted as failed."""
     max_examples: PositiveInt = 1_000_000
@@ -184,11 +186,16 @@ class FederationConfig(Section):
 
     @model_validator(mode="after")
     def _success_is_reachable(self) -> Self:
-        if self.min_success > self.clients_per_round:
+        if self.required_replies > self.clients_per_round:
             raise ValueError(
                 f"min_success ({self.min_success}) is above the {self.clients_per_round} clients that train in a round"
             )
         return self
+
+    @property
+    def required_replies(self) -> int:
+        """Accepted replies that a round needs."""
+        return self.min_success or 1
 
     @property
     def clients_per_round(self) -> int:

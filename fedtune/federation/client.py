@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -20,24 +22,23 @@ from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.data.order import steps_of_round
 from fedtune.errors import ClientError
-from fedtune.federation.client_state import ClientState
+from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook, refusing
+from fedtune.federation.client_state import ClientState, state_of_node
 from fedtune.federation.events import StepDone, tell
-from fedtune.federation.node import ERRORS_PASS, NODE_KEY, error_text
-from fedtune.federation.privacy import new_key, noisy_average, public_metrics, with_release
+from fedtune.federation.node import ERRORS_PASS, NO_STATE, NODE_KEY, error_text
+from fedtune.federation.privacy import noisy_average, public_metrics
 from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
 from fedtune.federation.strategies.scaffold import Control
 from fedtune.federation.wire import WireError, decode, encode
-from fedtune.federation.workspace import workspace_of_client
+from fedtune.federation.workspace import NodeWorkspace, Workspace, workspace_of_client
 from fedtune.models.adapter import AdaptedModel, AdapterTensors, initial_tensors
+from fedtune.runs.directory import RunDirectory, find_flower_run
+from fedtune.runs.log import LOG_NAME, run_log
 from fedtune.training.local import StepReport, train_locally
 
 app = ClientApp()
 log = logging.getLogger(__name__)
 
-NOISE_KEY = "noise_key"
-"""In a client's state: the secret of its local noise, a number a byte."""
-RELEASES = "releases"
-"""In a client's state: what it has let out under local privacy, as `with_release` returns it."""
 OWED = "owed."
 """Prefix of the rounding errors that a client's next reply makes good."""
 
@@ -53,15 +54,26 @@ def discreet(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
-        try:
-            return handler(message, context)
-        except Exception as error:
-            if {NODE_KEY, ERRORS_PASS} & context.node_config.keys():
-                raise
-            log.debug("the client failed", exc_info=True)
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
+        with _log_of(context):
+            try:
+                return handler(message, context)
+            except Exception as error:
+                if {NODE_KEY, ERRORS_PASS} & context.node_config.keys():
+                    raise
+                log.debug("Client %s failed.", context.node_config.get("partition-id"), exc_info=True)
+                reason = error_text(error)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     return answer
+
+
+def _log_of(context: Context) -> AbstractContextManager[object]:
+    """Return the run's log where the run directory is on this machine; a data owner's node has a log of its own."""
+    if NODE_KEY in context.node_config:
+        return nullcontext()
+    run = str(context.run_config.get("run-dir", ""))
+    folder = Path(run) if run else find_flower_run(context.run_id)
+    return nullcontext() if folder is None else run_log(folder / LOG_NAME)
 
 
 @app.query()
@@ -88,6 +100,11 @@ def train(message: Message, context: Context) -> Message:
         raise ClientError("The server's message lacks its arrays or its config.")
     server_round = int(orders["server-round"])  # type: ignore[arg-type]
 
+    account = _account_of(context, workspace, partition)
+    if account is not None:
+        book, name = account
+        with refusing():
+            book.check(name, config.privacy, server_round)
     state = ClientState(context, partition)
     kept = state.before(server_round)
     received = _received(arrays, config, adapted.shapes, orders, partition)
@@ -140,10 +157,9 @@ def train(message: Message, context: Context) -> Message:
     if control is not None:
         outcome |= control.changes()
         kept |= control.kept()
-    if config.privacy.mode == "local":
-        outcome, secrets = _privatised(outcome, start, config, server_round, adapted.shapes, partition, state.newest())
+    if account is not None:
+        outcome = _privatised(outcome, start, config, server_round, adapted.shapes, partition, account)
         metrics = MetricRecord(dict(public_metrics(server_round)))
-        kept |= secrets
     reply, owed = _reply(outcome, start, config, up_shapes(config, adapted.shapes, server_round, partition), kept)
     if kept | owed:
         state.keep(server_round, kept | owed)
@@ -180,6 +196,27 @@ def _start(received: AdapterTensors, adapted: AdaptedModel, config: FedTuneConfi
     }
 
 
+def _account_of(context: Context, workspace: Workspace, partition: int) -> tuple[AccountBook, str] | None:
+    """Return the book and the name of the account that a release goes on; None without local privacy.
+
+    Raises:
+        ClientError: there is no place for one, or it cannot be read.
+    """
+    if workspace.config.privacy.mode != "local":
+        return None
+    state, run = state_of_node(context), str(context.run_config.get("run-dir", ""))
+    if isinstance(workspace, NodeWorkspace) and state is not None:
+        place, name = state, workspace.fingerprint(partition)
+    elif run and NODE_KEY not in context.node_config:
+        place, name = RunDirectory(Path(run)).client_state(partition), ACCOUNT_OF_RUN
+    else:
+        raise ClientError(NO_STATE)
+    book = AccountBook(place)
+    with refusing():
+        book.open()
+    return book, name
+
+
 def _privatised(
     outcome: AdapterTensors,
     start: AdapterTensors,
@@ -187,28 +224,29 @@ def _privatised(
     server_round: int,
     shapes: Shapes,
     partition: int,
-    newest: AdapterTensors,
-) -> tuple[AdapterTensors, AdapterTensors]:
-    """Return the clipped and noisy adapter that a client lets out under local privacy, and what it keeps to itself.
+    account: tuple[AccountBook, str],
+) -> AdapterTensors:
+    """Return the adapter that a client lets out under local privacy, clipped and noisy; it is on the account by then.
 
-    Key and releases are those of the last answer, also where a round is repeated: another key would be another release of the
-    same update.
+    A repeated round gets the noise of the account's one key: another key would be another release of the same update.
 
     Raises:
-        ClientError: the client has spent its privacy budget. The server's own count is not relied on.
+        ClientError: the client has spent its privacy budget, or its account cannot be read. The server's own count is not
+            relied on.
     """
-    key = bytes(int(value) for value in newest[NOISE_KEY]) if NOISE_KEY in newest else new_key()
+    book, name = account
     sent = {name: start[name] for name in up_shapes(config, shapes, server_round, partition)}
-    private = noisy_average(
-        sent,
-        {partition: {name: outcome[name] for name in sent}},
-        config.privacy,
-        asked=1,
-        key=key,
-        server_round=server_round,
-    )
-    releases = with_release(newest.get(RELEASES), private, config)
-    return {**outcome, **private}, {NOISE_KEY: torch.tensor(list(key), dtype=torch.float32), RELEASES: releases}
+    with refusing():
+        private = noisy_average(
+            sent,
+            {partition: {name: outcome[name] for name in sent}},
+            config.privacy,
+            asked=1,
+            key=book.key(name),
+            server_round=server_round,
+        )
+        book.release(name, private, config.privacy, server_round)
+    return {**outcome, **private}
 
 
 def _filled(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

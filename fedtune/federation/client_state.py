@@ -1,4 +1,4 @@
-"""What a client keeps between rounds: the rounding errors that its codec still owes, its control variate, its secret key.
+"""What a client keeps between rounds: the rounding errors of its codec, its control variate.
 
 One safetensors file a round, so that a resumed run finds the state as it was before the round that it repeats: a client takes
 up the newest state of an earlier round. On the machine of the run the files lie in the run directory, on a data owner's node
@@ -8,6 +8,7 @@ where the owner says; elsewhere Flower keeps them with the node, for as long as 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -18,6 +19,7 @@ from fedtune.federation.node import NODE_KEY, NodeSettings
 from fedtune.federation.wire import decode, encode
 from fedtune.models.adapter import AdapterTensors
 from fedtune.runs.atomic import remove_leftovers, write_bytes
+from fedtune.runs.directory import RunDirectory
 
 _KEPT = 3
 """The last round may be undone, and the state before it be damaged."""
@@ -31,10 +33,6 @@ class ClientState:
         """Find where the state of `partition` is kept."""
         self.context = context
         self.folder = _folder(context, partition)
-
-    def newest(self) -> AdapterTensors:
-        """Return the state after the last round that this client has answered, whichever round comes now."""
-        return self.before(max(self._rounds(), default=0) + 1)
 
     def before(self, server_round: int) -> AdapterTensors:
         """Return the newest state of a round before `server_round`, empty where there is none."""
@@ -54,7 +52,7 @@ class ClientState:
         if self.folder is None:
             self.context.state[f"{_KEY}{server_round}"] = encode(tensors, "float32")
         else:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may hold a key
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it follows from the client's data
             remove_leftovers(self.folder)
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             write_bytes(self.folder / f"round-{server_round:04d}.safetensors", save(contiguous))
@@ -75,11 +73,19 @@ class ClientState:
         ]
 
 
+def state_of_node(context: Context) -> Path | None:
+    """Return the folder of state that a data owner's node was given; None where there is none, or no such node."""
+    settings = context.node_config.get(NODE_KEY)
+    state = None if settings is None else NodeSettings.from_json(str(settings)).state
+    return None if state is None else Path(state)
+
+
 def _folder(context: Context, partition: int) -> Path | None:
-    settings, run_dir = context.node_config.get(NODE_KEY), str(context.run_config.get("run-dir", ""))
-    if settings is not None:
-        # The server names the run; what it writes there decides no path on a node.
-        name = hashlib.sha256(str(context.run_config.get("run-name") or context.run_id).encode()).hexdigest()[:32]
-        root = NodeSettings.from_json(str(settings)).state
-        return Path(root) / name if root else None
-    return Path(run_dir) / "state" / "clients" / str(partition) if run_dir else None
+    if NODE_KEY in context.node_config:
+        # The server names the run; what it writes there decides no path on a node. Nodes of several clients may share a folder.
+        run = str(context.run_config.get("run-name") or context.run_id)
+        name = hashlib.sha256(json.dumps([run, partition]).encode()).hexdigest()[:32]
+        root = state_of_node(context)
+        return None if root is None else root / name
+    run_dir = str(context.run_config.get("run-dir", ""))
+    return RunDirectory(Path(run_dir)).client_state(partition) if run_dir else None

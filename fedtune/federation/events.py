@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.data.partition import PartitionSummary
+from fedtune.runs.log import Logged
 
 _MOST_NAMED = 10
 """So many missing clients are named."""
@@ -123,6 +124,7 @@ class AdapterSaved:
     path: Path
 
 
+# `Logged` is a record of an engine's other processes; the engine logs it here, and no listener hears of it.
 Event = (
     RunOpened
     | DataReady
@@ -133,6 +135,7 @@ Event = (
     | ReplyArrived
     | RoundDone
     | AdapterSaved
+    | Logged
 )
 Listener = Callable[[Event], None]
 

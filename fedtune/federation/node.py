@@ -23,6 +23,11 @@ NODE_KEY = "fedtune-node"
 """Key of a node's config that holds the owner's decisions, as JSON."""
 
 
+NO_STATE = (
+    "This run asks for local privacy, and this client has no folder of state in which to keep its privacy account."
+)
+
+
 class Term(NamedTuple):
     """One value of a run's config that an owner does not leave to the server."""
 
@@ -80,7 +85,8 @@ class NodeSettings:
     response: str | None = None
     """Template of the response in terms of this file's columns; None takes the run's."""
     state: str | None = None
-    """Absolute path of a folder in which the client may keep what it needs between rounds; None: only while the run lasts."""
+    """Absolute path of a folder in which the client keeps its privacy account, and what it needs between rounds. None: the node
+    keeps that in memory while a run lasts, and takes no part in runs with local privacy."""
     max_seconds: float | None = None
     """The longest training that this node gives to one round; None takes the run's."""
     terms: tuple[Term, ...] = ()
@@ -95,6 +101,11 @@ class NodeSettings:
         """Return the settings that `to_json` wrote."""
         table = json.loads(text)
         return cls(**{**table, "terms": tuple(Term(*term) for term in table["terms"])})
+
+    @property
+    def insists_on_local_privacy(self) -> bool:
+        """Whether the owner takes part in no run without local privacy."""
+        return any((term.key, term.value) == ("privacy.mode", "local") for term in self.terms)
 
     @property
     def model(self) -> ModelConfig:
@@ -124,6 +135,8 @@ def config_on_node(text: str, server_version: str, settings: NodeSettings) -> Fe
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ClientError(f"The run's config is none that fedtune {ours} accepts; see {where or 'its JSON'}.") from None
+    if config.privacy.mode == "local" and settings.state is None:
+        raise ClientError(NO_STATE)
     for term in settings.terms:
         if not term.holds(config):
             raise ClientError(

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -71,12 +71,13 @@ def noisy_average(
     by another moves the sum by at most 2 · clip, and the average by at most 2 · clip / asked, whatever the other clients do.
     The weights are equal for that reason: a number of rows is itself a client's data.
 
-    Noise: AES-256 in counter mode through the Box-Muller transform, its seed a keyed BLAKE2b hash of the round, of `sent` and
-    of the very sum that is hidden. The same round with the same bits gets the same noise: released twice it tells no more than
-    once. A repeated round with other bits, as after a crash on a GPU or at a dishonest server's wish, gets independent noise:
-    with the same noise twice, the difference of the two would be bare. Without the key the noise cannot be told from chance.
-    This is no sampler hardened against attacks on the low bits of floating-point numbers (Mironov 2012,
-    https://doi.org/10.1145/2382196.2382264).
+    Noise: AES-256 in counter mode through the Box-Muller transform, its seed a keyed BLAKE2b hash of the round, of `sent`, of
+    the deviation and of the very sum that is hidden. One key may serve any number of runs: were the deviation not in the hash,
+    two runs that differ in it alone would get the same draws on two scales, whose difference tells the sum. The same round with
+    the same bits gets the same noise: released twice it tells no more than once. A repeated round with other bits, as after a
+    crash on a GPU or at a dishonest server's wish, gets independent noise: with the same noise twice, the difference of the two
+    would be bare. Without the key the noise cannot be told from chance. This is no sampler hardened against attacks on the low
+    bits of floating-point numbers (Mironov 2012, https://doi.org/10.1145/2382196.2382264).
 
     Args:
         sent: x, the tensors that clients train, as they were sent.
@@ -97,8 +98,8 @@ def noisy_average(
         update = {name: tensor.to(torch.float64) - sent[name].to(torch.float64) for name, tensor in reply.items()}
         for name, tensor in clip_update(update, privacy.clip).items():
             total[name] += tensor
-    seed = _seed(key, server_round, sorted(replies), sent, total)
     deviation = privacy.noise_multiplier * privacy.clip / asked
+    seed = _seed(key, server_round, sorted(replies), deviation, sent, total)
     return {
         name: (
             tensor.to(torch.float64) + total[name] / asked + deviation * _gaussian(seed, name, tuple(tensor.shape))
@@ -159,27 +160,22 @@ class Accountant:
         return most
 
 
-def with_release(releases: torch.Tensor | None, private: AdapterTensors, config: FedTuneConfig) -> torch.Tensor:
-    """Return a client's releases with `private` among them, each as 8 bytes of its hash: float32 [releases, 8], a byte a value.
+def release_mu(privacy: PrivacyConfig) -> float:
+    """Return the mu of one release: the sensitivity 2 · clip in standard deviations of the noise, noise_multiplier · clip."""
+    return 2 / privacy.noise_multiplier
 
-    The same bits twice, as in a round that a crash undid, are one release.
 
-    Raises:
-        ClientError: with this one, the client would pass the budget; it must not leave.
+def composed_epsilon(mus: Iterable[float], delta: float) -> float:
+    """Return epsilon at `delta` of releases of the given mu together, which are one of mu = √(Σ mu²) (see `Accountant`).
+
+    Worked example: two releases of mu = 1 and two of mu = 2 have √10 together.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(private):
-        digest.update(private[name].numpy().tobytes())
-    new = torch.tensor([list(digest.digest())], dtype=torch.float32)
-    known = new[:0] if releases is None else releases
-    if bool((known == new).all(dim=1).any()):
-        return known
-    spent = Accountant(config).epsilon_after(len(known) + 1)
-    if spent > config.privacy.epsilon:
-        raise ClientError(
-            f"Another reply would bring this client's epsilon to {spent:.2f}, above its budget of {config.privacy.epsilon:g}."
-        )
-    return torch.cat([known, new])
+    return gaussian_epsilon(math.sqrt(math.fsum(mu * mu for mu in mus)), delta)
+
+
+def exceeds(epsilon: float, budget: float) -> bool:
+    """Whether `epsilon` is above `budget` by more than what the order of a sum moves in its last digits."""
+    return epsilon > budget * (1 + 1e-9)
 
 
 @lru_cache(maxsize=4096)
@@ -218,13 +214,18 @@ def _shapes(tensors: AdapterTensors) -> dict[str, tuple[int, ...]]:
 
 
 def _seed(
-    key: bytes, server_round: int, partitions: list[int], sent: AdapterTensors, total: Mapping[str, torch.Tensor]
+    key: bytes,
+    server_round: int,
+    partitions: list[int],
+    deviation: float,
+    sent: AdapterTensors,
+    total: Mapping[str, torch.Tensor],
 ) -> bytes:
     """Return 256 bits that depend on everything that the noise is added to."""
     names = sorted(sent)
     digest = hashlib.blake2b(key=key, digest_size=32, person=b"fedtune noise")
     shapes = [[name, *sent[name].shape] for name in names]
-    digest.update(json.dumps([server_round, partitions, shapes]).encode() + b"\n")
+    digest.update(json.dumps([server_round, partitions, deviation, shapes]).encode() + b"\n")
     for name in names:
         for tensor in (sent[name].to(torch.float64), total[name]):
             digest.update(tensor.numpy().tobytes())

@@ -10,29 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 from flwr.app import Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedtune.config.schema import FederationConfig
 from fedtune.errors import FederationError
 from fedtune.federation.events import ClientsAwaited, ClientsMet, tell
-from fedtune.federation.screen import METRICS, Client, printable
+from fedtune.federation.screen import METRICS, NO_ANSWER, Client, printable
 
 _POLL_S = 1.0
 _AGAIN_S = 15.0
 """Nodes that are in each other's way, or nobody's, may be started again with other numbers, and are asked again after so long."""
 _LATE_S = 60.0
 """A node that comes in the middle of a run may take so long to read its rows; after that it is asked again in the next round."""
-
-_GONE = frozenset(
-    (
-        ErrorCode.MESSAGE_UNAVAILABLE,
-        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-        ErrorCode.NODE_UNAVAILABLE,
-        ErrorCode.CLIENT_APP_CRASHED,
-    )
-)
-"""Errors that are no answer of the client's: it may be asked again."""
 
 Note = Callable[[int, Message, Message], None]
 """Called with a partition, the question that it was asked and its reply."""
@@ -119,7 +108,7 @@ class Roster:
         }
         for reply in self._grid.send_and_receive(questions.values(), timeout=timeout_s) if questions else ():
             node = reply.metadata.src_node_id
-            if reply.has_error() and reply.error.code in _GONE:
+            if reply.has_error() and reply.error.code in NO_ANSWER:
                 continue
             said = self._said[node] = self._heard(node, reply)
             if isinstance(said, Client):

@@ -8,6 +8,7 @@ the same bytes. Everything random is a function of (seed, round, partition), so 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from fedtune.budget.traffic import sample, up_shapes
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import CapError, FederationError
 from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, RoundStarted, tell
+from fedtune.federation.failures import FailureHistory, kind_of
 from fedtune.federation.privacy import Accountant, new_key, noisy_average
 from fedtune.federation.roster import Roster
 from fedtune.federation.screen import ARRAYS, CONFIG, Accepted, Client, Expected, Refused, Screen
@@ -30,11 +32,13 @@ from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
 from fedtune.federation.wire import decode, encode
 from fedtune.models.adapter import AdapterTensors, write_adapter
-from fedtune.runs.atomic import sync_folder, write_text
+from fedtune.runs.atomic import read_json_lines, sync_folder, write_text
 from fedtune.runs.directory import RunDirectory, append_line, cut_to
 from fedtune.training.schedule import learning_rate
 
 _NOISE_KEY = "noise.key"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Rounds:
         """Run the remaining rounds.
 
         Raises:
-            FederationError: a round ended with fewer accepted replies than `federation.min_success`.
+            FederationError: a round ended with fewer accepted replies than `federation.min_success`, or a client failed in the
+                same way in two rounds and `federation.min_success` is not set.
             CapError: the next round's messages would pass the cap, or the round the privacy budget; the last adapter is saved.
         """
         if self.done >= self.config.federation.rounds:
@@ -106,21 +111,15 @@ class Rounds:
         tell(RoundStarted(server_round, [client.partition for client in chosen], rate))
 
         replies: list[Accepted] = []
-        reason = "nobody replied"
+        rejected: list[Refused] = []
         for verdict in self._exchange(server_round, chosen, rate):
             if isinstance(verdict, Accepted):
                 replies.append(verdict)
             else:
-                reason = f"client {verdict.client.partition if verdict.client else '?'}: {verdict.reason}"
+                rejected.append(verdict)
+                log.warning("Round %d: %s.", server_round, self._in_words(verdict))
             self._note(server_round, verdict, rate)
-        needed = self.config.federation.min_success
-        if len(replies) < needed:
-            raise FederationError(
-                f"Round {server_round} has {len(replies)} usable replies of {len(chosen)}, and "
-                f"federation.min_success is {needed}; {reason.removesuffix('.')}. "
-                f"The state after round {self.done} is saved.",
-                hint=f"fedtune train --resume {self.run.path}",
-            )
+        self._check_failures(server_round, chosen, replies, rejected)
         loss = self._aggregate(server_round, replies, len(chosen))
         self._commit(server_round)
         tell(
@@ -136,6 +135,62 @@ class Rounds:
                 seconds=time.monotonic() - started,
             )
         )
+
+    def _check_failures(
+        self, server_round: int, chosen: Sequence[Client], replies: Sequence[Accepted], rejected: Sequence[Refused]
+    ) -> None:
+        """End the run where a round's failures do not allow it to go on."""
+        answered = {reply.client.partition for reply in replies}
+        failed = {
+            verdict.client.partition: verdict
+            for verdict in rejected
+            if verdict.client is not None and verdict.client.partition not in answered
+        }
+        alike = len({kind_of(verdict.reason) for verdict in failed.values()}) == 1 and not any(
+            verdict.absent for verdict in failed.values()
+        )
+        needed, because = self.config.federation.required_replies, ""
+        hint = f"fedtune train --resume {self.run.path}"
+        if len(failed) == len(chosen) > 1 and alike:
+            because = f"All {len(chosen)} clients of round {server_round} failed in the same way: "
+            because += self._reason(failed[min(failed)])
+        elif len(replies) < needed:
+            last = self._in_words(rejected[-1]) if rejected else "no client replied"
+            because = f"Round {server_round} has {len(replies)} usable replies of {len(chosen)}, and "
+            because += f"federation.min_success is {needed}; {last}"
+        elif self.config.federation.min_success is None:
+            for partition in sorted(failed):
+                verdict = failed[partition]
+                if earlier := None if verdict.absent else self.failures.before(server_round, partition, verdict.reason):
+                    because = f"Client {partition} failed in the same way in rounds {earlier} and {server_round}: "
+                    because += self._reason(verdict)
+                    hint += ", with --set federation.min_success=1 to train on without such clients"
+                    break
+        if because:
+            raise FederationError(f"{because}. The state after round {self.done} is saved.", hint=hint)
+        for partition, verdict in failed.items():
+            if not verdict.absent:
+                self.failures.add(server_round, partition, verdict.reason)
+
+    def _in_words(self, verdict: Refused) -> str:
+        """Return what happened to a reply, without a full stop."""
+        if verdict.client is None:
+            return f"the reply of an unknown node was rejected: {self._reason(verdict)}"
+        if verdict.status == "refused":
+            return f"the reply of client {verdict.client.partition} was rejected: {self._reason(verdict)}"
+        return f"client {verdict.client.partition} failed: {self._reason(verdict)}"
+
+    def _reason(self, verdict: Refused) -> str:
+        """Return why a reply was not accepted; where a traceback was logged, with the place."""
+        reason = verdict.reason.removesuffix(".")
+        if (
+            verdict.status == "error" and reason.isidentifier()
+        ):  # an exception's class, which is all that a client tells
+            if self.config.federation.engine == "superlink":
+                return f"{reason}; the traceback is in its node's own log"
+            if self.run.log_file.is_file():
+                return f"{reason}; the traceback is in {self.run.log_file}"
+        return reason
 
     def _exchange(self, server_round: int, chosen: Sequence[Client], rate: float) -> Iterator[Accepted | Refused]:
         """Send each of the chosen clients what the algorithm says, and yield a verdict on each reply as it arrives."""
@@ -172,7 +227,7 @@ class Rounds:
             yield verdict
         for client in chosen:
             if client.partition not in answered:
-                yield Refused(client, f"no reply within {timeout_s:g} s", "error")
+                yield Refused(client, f"no reply within {timeout_s:g} s", "error", absent=True)
 
     def _expected(
         self, server_round: int, sent: Outgoing, message: Message, read: dict[int, AdapterTensors]
@@ -287,6 +342,7 @@ class Rounds:
             "partition": partition,
             "status": verdict.status,
             **({"reason": verdict.reason} if verdict.reason else {}),
+            **({"absent": True} if isinstance(verdict, Refused) and verdict.absent else {}),
             "learning_rate": rate,
             **{key.replace("-", "_"): value for key, value in metrics.items() if key != "server-round"},
         }
@@ -351,6 +407,7 @@ class Rounds:
             if (kept := state / "algorithm.safetensors").is_file():
                 self.algorithm.restore(load(kept.read_bytes()))
         cut_to(self.run.metrics_file, progress.metrics_bytes)
+        self.failures = FailureHistory(read_json_lines(self.run.metrics_file))
         if len(self.ledger.entries) > progress.ledger_entries:
             self.ledger.mark_lost(progress.ledger_entries)
         return progress.round

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.common.constant import ErrorCode
 
 from fedtune.budget.count import CODECS, Shapes, serialised_bytes, wire_bytes
 from fedtune.federation.wire import WireError, decode
@@ -22,6 +23,16 @@ from fedtune.models.adapter import AdapterTensors
 
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
 """Keys of the records in a message."""
+
+NO_ANSWER = frozenset(
+    (
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    )
+)
+"""Codes of error replies that Flower gives in place of a client that is gone."""
 
 Metric = int | float | list[int] | list[float]
 
@@ -60,6 +71,8 @@ class Refused:
     """None for a node that was not asked."""
     reason: str
     status: Literal["error", "refused"] = "refused"
+    absent: bool = False
+    """Whether the client gave no answer at all: its node is gone, or its time is over."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,8 @@ class Screen:
             return Refused(client, "this client has already replied in this round")
         self._seen.add(reply.metadata.src_node_id)
         if reply.has_error():
-            return Refused(client, printable(reply.error.reason or "no reason given"), "error")
+            reason = printable(reply.error.reason or "no reason given")
+            return Refused(client, reason, "error", absent=reply.error.code in NO_ANSWER)
         try:
             return self._accept(expected, reply)
         except WireError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from fedtune.models.hub import resolve_base
 from fedtune.models.shapes import adapter_shapes, target_modules
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RUNS, RunDirectory, create_run
+from fedtune.runs.log import run_log
 from fedtune.runs.report import write_report
 
 app = ServerApp()
+log = logging.getLogger(__name__)
 
 
 @app.main()
@@ -28,11 +31,18 @@ def main(grid: Grid, context: Context) -> None:
     config_json = config_json_of(context)
     name = str(context.run_config.get("run-dir", ""))
     run = RunDirectory(Path(name)) if name else create_run(RUNS, workspace_of(config_json).config)
-    if not name:  # started by `flwr run`: train() did not prepare the directory, and will not close it
-        write_json(run.config_file, workspace_of(config_json).config.model_dump(mode="json"))
-    prepared(grid, config_json, run).go()
-    if not name:
-        write_report(run)
+    with run_log(run.log_file):
+        if not name:  # started by `flwr run`: train() did not prepare the directory, and will not close it
+            write_json(run.config_file, workspace_of(config_json).config.model_dump(mode="json"))
+            run.state_folder.mkdir()
+            write_json(run.flower_file, {"run_id": context.run_id})
+        try:
+            prepared(grid, config_json, run).go()
+        except Exception:
+            log.debug("The server ended with an error.", exc_info=True)
+            raise
+        if not name:
+            write_report(run)
 
 
 def prepared(grid: Grid, config_json: str, run: RunDirectory) -> Rounds:

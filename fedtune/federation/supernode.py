@@ -15,8 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -35,10 +37,12 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedtune.errors import ClientError, FederationError
+from fedtune.errors import ClientError, FederationError, MissingError
 from fedtune.federation import client as clientapp
+from fedtune.federation.account import AccountBook
 from fedtune.federation.engines.flower_home import free_port
 from fedtune.federation.node import NODE_KEY, NodeSettings, error_text
+from fedtune.runs.log import LOG_NAME, run_log
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,29 @@ def run_node(
 
     Raises:
         FederationError: the SuperNode could not join, or failed.
+        MissingError: the privacy account cannot be read, and the owner insists on local privacy.
     """
+    _open_account(settings)
+    with run_log(Path(settings.state) / LOG_NAME, mode=0o600) if settings.state else nullcontext():
+        log.info("fedtune %s answers %s as client %d.", version("fedtune"), superlink, partition)
+        _take_part(settings, superlink, partition, ca, key, insecure)
+
+
+def _open_account(settings: NodeSettings) -> None:
+    """Make or read the privacy account before the first run asks for it."""
+    if settings.state is None:
+        return
+    try:
+        AccountBook(Path(settings.state)).open()
+    except MissingError as error:
+        if settings.insists_on_local_privacy:
+            raise
+        log.warning("%s Until then this node refuses runs with local privacy.", error)
+
+
+def _take_part(
+    settings: NodeSettings, superlink: str, partition: int, ca: Path | None, key: Path | None, insecure: bool
+) -> NoReturn:
     flags = ["--superlink", superlink, "--node-config", f"partition-id={partition}"]
     flags += ["--insecure"] if insecure else []
     flags += ["--root-certificates", str(ca)] if ca else []
@@ -175,7 +201,7 @@ def answer(message: Message, context: Context, fab: Fab, settings: NodeSettings)
         return clientapp.app(message, context)
     except Exception as error:
         if isinstance(error, ClientError):
-            log.warning("Not done: %s", error.__cause__ or error)
+            log.error("Not done: %s", error.__cause__ or error)
         else:
             log.exception("Not done, and the server is told no more than %s:", type(error).__name__)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)

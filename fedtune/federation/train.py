@@ -21,6 +21,7 @@ from fedtune.data.order import share_seen
 from fedtune.data.source import local_path, resolved_revision
 from fedtune.data.tokenize import check_skipped
 from fedtune.errors import MissingError, Problem, UsageError
+from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
 from fedtune.federation.events import DataReady, Event, Listener, RunOpened, listening, tell
 from fedtune.federation.workspace import workspace_of
 from fedtune.models.hub import base_files, resolve_base
@@ -130,10 +131,13 @@ def _train(
     run = resume or create_run(out, config)
     with run.lock(), listening(place.heard(listener)):
         log.write_to(run.log_file)
+        logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
         if resume is not None:
             _check_files(run)
         else:
             write_inputs(run.inputs_file, inputs)
+        if config.privacy.mode == "local" and config.federation.engine != "superlink":
+            _check_accounts(run, config.federation.clients, new=resume is None)
         if resume is None or is_moved:
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))
@@ -367,6 +371,20 @@ def _check_files(run: RunDirectory) -> None:
 def _write_report(run: RunDirectory) -> None:
     if run.metrics_file.exists():
         write_report(run)
+
+
+def _check_accounts(run: RunDirectory, clients: int, *, new: bool) -> None:
+    """Make the clients' privacy accounts of a new run; those of a resumed one are there, or the run cannot go on.
+
+    Raises:
+        MissingError: an account is gone or damaged.
+    """
+    for partition in range(clients):
+        book = AccountBook(run.client_state(partition))
+        if new:
+            book.open()
+        else:
+            book.account(ACCOUNT_OF_RUN)
 
 
 def _write_about(run: RunDirectory, config: FedTuneConfig, origins: Mapping[str, str], device: str) -> None:

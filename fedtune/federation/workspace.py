@@ -20,6 +20,7 @@ from fedtune.errors import ClientError, ConfigError
 from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.base import Base, load_base, load_tokenizer
+from fedtune.runs.directory import file_sha256
 from fedtune.runs.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -69,20 +70,40 @@ class Workspace:
 class NodeWorkspace(Workspace):
     """A data owner's: whatever number the client has, its rows are all rows of the owner's file, in the file's order."""
 
+    def __init__(self, config: FedTuneConfig) -> None:
+        super().__init__(config)
+        self._sha256 = ""
+
+    def fingerprint(self, partition: int) -> str:
+        """Return the sha256 of the bytes of the file that the rows were read from."""
+        self.rows(partition)
+        return self._sha256
+
     def rows(self, partition: int) -> TokenizedRows:
         """All rows of the owner's file.
 
         Raises:
-            ClientError: the run's templates name columns that the file lacks, or no row has anything to learn from.
+            ClientError: the run's templates name columns that the file lacks, no row has anything to learn from, or the file
+                changed while it was read.
         """
+        if partition in self._rows:
+            return self._rows[partition]
+        file = Path(str(self.config.data.source))
+        before = file_sha256(file) if file.is_file() else ""
         try:
             rows = super().rows(partition)
+            if not len(rows):
+                raise ClientError("No row of this node's data has anything to learn from.")
+            if file_sha256(file) != before or self._sha256 not in ("", before):
+                raise ClientError("This node's data file changed while it was read.")
         except ConfigError as error:
             if not any(problem.path.startswith("data.") for problem in error.problems):
                 raise
             raise ClientError("The run's templates name columns that this node's data does not have.") from error
-        if not len(rows):
-            raise ClientError("No row of this node's data has anything to learn from.")
+        except ClientError:
+            self._rows.pop(partition, None)
+            raise
+        self._sha256 = before
         return rows
 
     def _table(self, partition: int) -> datasets.Dataset:  # noqa: ARG002

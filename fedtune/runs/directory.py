@@ -14,6 +14,7 @@ runs/medical-20261121-231500/
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -95,6 +96,15 @@ class RunDirectory:
     def state_folder(self) -> Path:
         """Resume states, one folder a committed round."""
         return self.path / "state"
+
+    def client_state(self, partition: int) -> Path:
+        """The folder of what a client on this machine keeps between rounds."""
+        return self.state_folder / "clients" / str(partition)
+
+    @property
+    def flower_file(self) -> Path:
+        """Flower's id of a run that a plain `flwr run` has started; its clients find the run directory by it."""
+        return self.state_folder / "flower.json"
 
     @property
     def superlink_file(self) -> Path:
@@ -240,6 +250,15 @@ def all_runs(root: Path = RUNS) -> list[RunDirectory]:
     root = expanded(root)
     folders = [path.parent for path in root.glob("*/config.json")] if root.is_dir() else []
     return [RunDirectory(path) for path in sorted(folders, key=lambda path: (path / "config.json").stat().st_mtime_ns)]
+
+
+def find_flower_run(run_id: int, root: Path = RUNS) -> Path | None:
+    """Return the run directory that a plain `flwr run` with this id has made under `root`, None where there is none."""
+    for file in root.glob("*/state/flower.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(file.read_text(encoding="utf-8")) == {"run_id": run_id}:
+                return file.parents[1]
+    return None
 
 
 def find_run(name: str | None, root: Path = RUNS) -> RunDirectory:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -138,6 +140,52 @@ def run_log(path: Path | None = None, *, mode: int = 0o666) -> Iterator[RunLog]:
         _open.append(handler)
         stack.callback(_open.remove, handler)
         yield handler
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A record of fedtune's that was made in another process."""
+
+    level: int
+    logger: str
+    text: str
+    trace: str = ""
+    """The traceback that belongs to it."""
+
+    def log_here(self, *, written: bool) -> None:
+        """Hand the record to this process's handlers; `written` says that the run's log has it already."""
+        logger = logging.getLogger(self.logger)
+        if not (self.logger == _OURS or self.logger.startswith(f"{_OURS}.")) or not logger.isEnabledFor(self.level):
+            return
+        record = logger.makeRecord(self.logger, self.level, "", 0, "%s", (self.text,), None, extra={FORWARDED: written})
+        record.exc_text = self.trace or None
+        logger.handle(record)
+
+
+@contextmanager
+def forwarded_records(send: Callable[[Logged], None], *, level: int = logging.DEBUG) -> Iterator[None]:
+    """Send fedtune's records from `level` up to another process, whose user sees them."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                send(Logged(record.levelno, record.name, record.getMessage(), traceback_of(record)))
+            except Exception:
+                self.handleError(record)
+
+    handler, logger = Forward(level), logging.getLogger(_OURS)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def traceback_of(record: logging.LogRecord) -> str:
+    """Return the traceback that belongs to a record, or an empty string."""
+    if record.exc_info and record.exc_info[1] is not None:
+        return "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+    return record.exc_text or ""
 
 
 @contextmanager

@@ -58,9 +58,11 @@ def test_a_template_that_is_the_defaults_is_the_owners_too(data: Path) -> None:
     assert (settings.instruction, settings.response) == ("{instruction}", None)
 
 
-def test_what_an_owner_insists_on_is_said(data: Path) -> None:
+def test_what_an_owner_insists_on_is_said(data: Path, tmp_path: Path) -> None:
     """Also where it is the default's value: what a run may ask for has none."""
-    terms = ["--set", "privacy.mode=local", "--set", "privacy.epsilon=4", "--set", "privacy.clip=1.0"]
+    state = tmp_path / "state"
+    terms = ["--state", str(state)]
+    terms += ["--set", "privacy.mode=local", "--set", "privacy.epsilon=4", "--set", "privacy.clip=1.0"]
     terms += ["--at-most", "training.batch_size=16", "--at-most", "adapter.rank=8"]
     done = node("--data", data, "--model", "builtin:tiny", "--insecure", "--challenge", "tiny", *terms)
     assert done.exit_code == 0, done.stderr
@@ -71,8 +73,10 @@ def test_what_an_owner_insists_on_is_said(data: Path) -> None:
         "takes part with privacy.clip only 1.0",
         "takes part with training.batch_size at most 16",
         "takes part with adapter.rank at most 8",
+        f"privacy account {state / 'privacy' / 'account.json'}: new, nothing is spent",
         "nothing was started",
     ]
+    assert not state.exists()
 
 
 @pytest.mark.parametrize(

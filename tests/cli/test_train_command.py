@@ -67,6 +67,7 @@ def test_a_run_leaves_everything_that_design_asks_for(
     run = the_run(folder)
     assert {path.name for path in run.path.iterdir()} == {
         *("config.json", "inputs.json", "run.json", "metrics.jsonl", "ledger.jsonl", "comm_cost.txt", "report.html"),
+        "debug.log",
         *("state", "peft_2", "peft_3"),
     }
     assert done.stdout.strip() == str(run.path.relative_to(folder) / "peft_3")  # data on stdout, the rest on stderr

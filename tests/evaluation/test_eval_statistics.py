@@ -55,9 +55,8 @@ def test_mcnemar_needs_pairs() -> None:
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemar_equals_the_sum_of_binomials(only_first: int, only_second: int) -> None:
     m, low = only_first + only_second, min(only_first, only_second)
-    if m:
-        plain = min(Fraction(1), Fraction(2 * sum(math.comb(m, count) for count in range(low + 1)), 2**m))
-        assert mcnemar(*pairs(only_first, only_second)).p_value == float(plain)
+    plain = min(Fraction(1), Fraction(2 * sum(math.comb(m, count) for count in range(low + 1)), 2**m))
+    assert mcnemar(*pairs(only_first, only_second, both=1)).p_value == float(plain)
 
 
 @settings(deadline=None)

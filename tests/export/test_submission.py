@@ -91,9 +91,12 @@ def test_exporting_again_gives_the_same_bytes_in_place(clean_submission: Path, r
     out = tmp_path / "submission"
     shutil.copytree(clean_submission, out)
     export_submission(open_run(str(real_run)), out)
-    for path in clean_submission.rglob("*"):
-        if path.is_file():
-            assert (out / path.relative_to(clean_submission)).read_bytes() == path.read_bytes()
+
+    def files(folder: Path) -> dict[Path, bytes]:
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert files(out) == files(clean_submission)
+    assert Path("README.md") in files(out)
 
 
 def test_a_folder_that_flower_would_refuse(real_run: Path, tmp_path: Path) -> None:
@@ -267,7 +270,8 @@ def test_where_it_ran_and_local_paths_stay(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
     files = submission_package(open_run(str(run)), draft=True).files
     for name, content in files.items():
-        assert isinstance(content, Path) or str(tmp_path).encode() not in content, name
+        data = content.read_bytes() if isinstance(content, Path) else content
+        assert str(tmp_path).encode() not in data, name
     text = files["pyproject.toml"]
     assert isinstance(text, bytes)
     assert b"superlink" not in text

@@ -187,12 +187,11 @@ def test_the_servers_error_is_ours(tmp_path: Path, raised: Exception, ends_with:
     with pytest.raises(ends_with, match=re.escape(text)) as error:
         engine._raise(engine._read(tmp_path / engine.OUTCOME), tmp_path / "log")
     assert type(error.value) is ends_with
-    assert (tmp_path / "log").exists() == (ends_with is FedTuneError)
+    assert (f"Its traceback is in {tmp_path / 'log'}" in error.value.hint) == (ends_with is FedTuneError)
 
 
 def test_a_run_that_ended_well_raises_nothing(tmp_path: Path) -> None:
-    engine._raise({"error": "", "message": "", "hint": "", "traceback": ""}, tmp_path / "log")
-    assert not (tmp_path / "log").exists()
+    engine._raise({"error": "", "message": "", "hint": ""}, tmp_path / "log")
 
 
 @needs_ray
@@ -229,10 +228,46 @@ def test_a_clients_error_costs_the_client(
         raise raised
 
     monkeypatch.setattr(ray_apps.client, "app", fail)
-    context = Context(1, 2, {}, RecordDict(), {engine.HOME: str(tmp_path)})
+    run_config = {"run-dir": str(tmp_path), engine.HOME: str(tmp_path)}
+    context = Context(1, 2, {"partition-id": 3}, RecordDict(), run_config)
     reply = ray_apps.client_app(Message(RecordDict(), 2, "train"), context)
     assert reply.error.reason == reason
     assert not (tmp_path / engine.OUTCOME).exists()
+    logged = (tmp_path / "debug.log").read_text()
+    assert "Client 3 failed." in logged
+    assert f"{type(raised).__name__}: {raised}" in logged
+    assert "in fail" in logged
+
+
+@needs_ray
+def test_records_of_flowers_processes_reach_the_user_and_are_written_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning in an actor is one line in the run's log and one record in the process whose user follows the run."""
+    import logging
+
+    from flwr.app import Context, RecordDict
+
+    from fedtune.federation.engines import ray_apps
+    from fedtune.runs.log import run_log
+
+    context = Context(1, 2, {}, RecordDict(), {"run-dir": str(tmp_path), engine.HOME: str(tmp_path)})
+    with ray_apps._logged(context):
+        try:
+            raise KeyError("row")
+        except KeyError:
+            logging.getLogger("fedtune.models").warning("The base is %s.", "odd", exc_info=True)
+        logging.getLogger("transformers").warning("advice")
+    caplog.clear()
+    heard: list[Event] = []
+    with run_log(tmp_path / "debug.log"), listening(heard.append):
+        engine._tell_from(tmp_path / engine.EVENTS, 0, RunDirectory(tmp_path))
+    assert heard == []
+    (record,) = caplog.records
+    assert (record.name, record.levelno, record.getMessage()) == ("fedtune.models", logging.WARNING, "The base is odd.")
+    assert "KeyError: 'row'" in str(record.exc_text)
+    text = (tmp_path / "debug.log").read_text()
+    assert (text.count("The base is odd."), text.count("advice")) == (1, 1)
 
 
 @needs_ray
@@ -242,7 +277,7 @@ def test_data_that_is_not_there_ends_the_run(tmp_path: Path, flower_identity: No
     from fedtune.federation.engines import ray_apps
 
     config = config_of("data.source=nowhere.jsonl").model_dump_json()
-    run_config = {"fedtune-config": config, engine.HOME: str(tmp_path)}
+    run_config = {"fedtune-config": config, "run-dir": str(tmp_path), engine.HOME: str(tmp_path)}
     context = Context(1, 2, {"partition-id": 0, "num-partitions": 8}, RecordDict(), run_config)
     with pytest.raises(MissingError):
         ray_apps.client_app(Message(RecordDict(), 2, "query"), context)

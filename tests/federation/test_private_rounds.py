@@ -9,7 +9,7 @@ from test_rounds import config_of, rounds_of
 
 from fedtune.errors import CapError, ConfigError
 from fedtune.federation.events import Event, RoundDone, listening
-from fedtune.federation.privacy import Accountant
+from fedtune.federation.privacy import Accountant, noisy_average
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
@@ -24,11 +24,20 @@ def test_updates_are_clipped_and_count_the_same(tmp_path: Path) -> None:
 
 
 def test_noise_is_added_once_with_the_right_deviation(tmp_path: Path) -> None:
+    """With the run's key the noise is known: the adapter is the noisy average of the replies, and not that with noise again.
+
+    `test_the_noise_is_gaussian` holds the deviation of one such average.
+    """
     settings = ("privacy.mode=central", "privacy.noise_multiplier=6e6", "privacy.clip=1e-6", "federation.rounds=1")
-    rounds = rounds_of(tmp_path / "run", config_of(*settings))
+    config = config_of(*settings)
+    rounds = rounds_of(tmp_path / "run", config)
+    zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    replies = {partition: {name: tensor + partition + 1 for name, tensor in zeros.items()} for partition in range(3)}
+    expected = noisy_average(zeros, replies, config.privacy, asked=3, key=rounds.noise_key, server_round=1)
     rounds.go()
-    values = torch.cat([tensor.flatten() for tensor in rounds.tensors.values()])  # 12 draws from N(0, (6 / 3)²)
-    assert 0.7 < values.std() < 4.5
+    for name, tensor in expected.items():
+        assert torch.allclose(rounds.tensors[name], tensor, rtol=1e-5, atol=0)
+        assert (tensor != 0).all()
 
 
 def test_the_key_survives_and_travels_nowhere(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Real tiny runs: client state, codecs and algorithms through train(), stopped and continued, and what clients let out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,10 @@ def test_local_privacy_lets_out_no_losses(tmp_path: Path) -> None:
     }
     assert {line["num_examples"] for line in lines} == {1}
     assert (result.run / "report.html").is_file()
-    assert all(path.parent.stat().st_mode & 0o077 == 0 for path in result.run.glob("state/clients/*/*.safetensors"))
-    keys = {path.read_bytes()[-64:] for path in result.run.glob("state/clients/*/*.safetensors")}
-    assert len(keys) == 2, "each client has a key of its own"
+    books = sorted(result.run.glob("state/clients/*/privacy/account.json"))
+    assert len(books) == len(set(result.run.glob("state/clients/*"))) == 8
+    assert {path.parent.stat().st_mode & 0o777 for path in books} == {0o700}
+    accounts = [json.loads(path.read_text())["accounts"] for path in books]
+    used = [account["this run"] for account in accounts if account]
+    assert [len(account["releases"]) for account in used] == [1] * len(lines)
+    assert len({account["key"] for account in used}) == len(lines) == 2, "each client has a key of its own"

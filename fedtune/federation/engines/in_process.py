@@ -99,7 +99,7 @@ class InProcessGrid(Grid):
         except Exception as error:
             if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
                 raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
-            log.debug("the client on node %d failed", message.metadata.dst_node_id, exc_info=True)
+            log.debug("Client %s failed.", context.node_config["partition-id"], exc_info=True)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
         # Flower leaves a message's source to the node that sends it.
         reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id

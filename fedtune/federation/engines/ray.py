@@ -25,6 +25,7 @@ from fedtune.errors import ConfigError, FederationError, FedTuneError, MissingEr
 from fedtune.federation import events
 from fedtune.federation.engines.flower_home import CONNECTION, flower_home, free_port
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import Logged
 
 HOME, ACTORS, TIMEOUT = "home", "actors", "client-timeout-s"
 """Keys of the run config, beside those of every engine."""
@@ -148,7 +149,7 @@ def _follow(
         if (told := _tell_from(home / EVENTS, read_bytes, run)) > read_bytes:
             read_bytes, heard = told, time.monotonic()
         if outcome:
-            _raise(outcome, log)
+            _raise(outcome, run.log_file)
             return
         if ended or time.monotonic() - heard > (silence_s if server else _STARTING_S):
             raise FederationError(
@@ -173,6 +174,11 @@ def _tell_from(path: Path, offset: int, run: RunDirectory) -> int:
     for line in lines:
         record = json.loads(line)
         kind = getattr(events, record.pop("event"))
+        if kind is Logged:
+            # The path as the user wrote it.
+            text = record.pop("text").replace(str(run.path.resolve()), str(run.path))
+            Logged(text=text, **record).log_here(written=True)
+            continue
         if kind is events.AdapterSaved:
             record["path"] = run.adapter_folder(record["round"])  # as the user wrote it
         events.tell(kind(**record))
@@ -180,14 +186,12 @@ def _tell_from(path: Path, offset: int, run: RunDirectory) -> int:
 
 
 def _raise(outcome: dict[str, str], log: Path) -> None:
-    """Raise the error that the run ended with, if it did."""
+    """Raise the error that the run ended with, if it did; an internal error's traceback is in `log`."""
     kind = getattr(errors, outcome["error"] or "-", None)
     if kind is not None:
         raise (UsageError if kind is ConfigError else kind)(outcome["message"], hint=outcome["hint"])
     if outcome["error"]:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(outcome["traceback"])
-        text = f"internal error in a process of Flower's: {outcome['error']}: {outcome['message']}"
+        text = f"Internal error in a process of the engine ray: {outcome['error']}: {outcome['message']}"
         raise FedTuneError(text, hint=f"Its traceback is in {log}.")
 
 

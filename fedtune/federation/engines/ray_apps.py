@@ -6,9 +6,10 @@ They write to the engine's private Flower home, on the same disk: each event as 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,13 @@ from fedtune.federation import client, server
 from fedtune.federation.engines import ray_pool  # noqa: F401  # puts its pool in the place of Flower's
 from fedtune.federation.engines.ray import ACTORS, EVENTS, HOME, OUTCOME, SERVER, patience_s
 from fedtune.federation.events import Event, listening
-from fedtune.federation.node import ERRORS_PASS
+from fedtune.federation.node import ERRORS_PASS, error_text
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
+from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import forwarded_records, run_log
+
+log = logging.getLogger(__name__)
 
 
 class PatientGrid(InMemoryGrid):
@@ -55,25 +60,26 @@ class LoadingClientApp(ClientApp):
 
     def load(self, message: None, context: Context) -> None:  # noqa: ARG002
         """Load what a client needs, once in an actor's life."""
-        try:
-            workspace_of(config_json_of(context)).adapted  # noqa: B018
-        except FedTuneError as error:
-            _write_outcome(_home(context), error)
-            raise
+        with _logged(context):
+            try:
+                workspace_of(config_json_of(context)).adapted  # noqa: B018
+            except FedTuneError as error:
+                log.debug("The base model could not be loaded.", exc_info=True)
+                _write_outcome(_home(context), error)
+                raise
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Run one client."""
         context.node_config[ERRORS_PASS] = True
-        with listening(partial(_write_event, _home(context))):
+        with _logged(context), listening(partial(_write_event, _home(context))):
             try:
                 return client.app(message, context)
-            except ClientError as error:
-                reason = str(error)
-            except FedTuneError as error:
-                _write_outcome(_home(context), error)  # no client's fault: no other would fare better
-                raise
             except Exception as error:
-                reason = type(error).__name__
+                log.debug("Client %s failed.", context.node_config["partition-id"], exc_info=True)
+                if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
+                    _write_outcome(_home(context), error)  # no client's fault: no other would fare better
+                    raise
+                reason = error_text(error)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
@@ -87,12 +93,20 @@ def main(grid: Grid, context: Context) -> None:
     home = _home(context)
     write_json(home / SERVER, {"pid": os.getpid()})
     try:
-        with listening(partial(_write_event, home)):
+        with _logged(context), listening(partial(_write_event, home)):
             server.app(PatientGrid(cast(InMemoryGrid, grid), int(context.run_config[ACTORS])), context)
     except BaseException as error:
         _write_outcome(home, error)
         raise
     _write_outcome(home, None)
+
+
+@contextmanager
+def _logged(context: Context) -> Iterator[None]:
+    """Log to the run's own file, and send fedtune's records to the process whose user follows the run."""
+    file = RunDirectory(Path(str(context.run_config["run-dir"]))).log_file
+    with run_log(file), forwarded_records(partial(_write_event, _home(context))):
+        yield
 
 
 def _home(context: Context) -> Path:
@@ -109,9 +123,8 @@ def _write_outcome(home: Path, error: BaseException | None) -> None:
     """Leave behind how the run ended, unless that is known already."""
     if (home / OUTCOME).exists():
         return
-    outcome = {"error": "", "message": "", "hint": "", "traceback": ""}
+    outcome = {"error": "", "message": "", "hint": ""}
     if error is not None:
         message, hint = (error.message, error.hint) if isinstance(error, FedTuneError) else (str(error), "")
-        told = "".join(traceback.format_exception(error))
-        outcome = {"error": type(error).__name__, "message": message, "hint": hint, "traceback": told}
+        outcome = {"error": type(error).__name__, "message": message, "hint": hint}
     write_json(home / OUTCOME, outcome)

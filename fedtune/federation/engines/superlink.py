@@ -42,6 +42,7 @@ from fedtune.federation.engines.mirror import Failed, Receiver, Signed, copies_i
 from fedtune.federation.events import ClientsMet, DataReady, RoundDone, RunOpened, tell
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import Logged
 
 _SILENCE_S = 60.0
 """A SuperLink that has not answered for so long is gone."""
@@ -219,6 +220,9 @@ class _Following:
                     return
                 event = RunOpened(self.run.path, event.resumed_after)
                 self._remember(rounds=event.resumed_after)
+            case Logged():
+                event.log_here(written=False)
+                return
             case ClientsMet():
                 self._remember(rows=tuple(event.rows))
                 self._tell_data([f"node {node}" for node in event.nodes])

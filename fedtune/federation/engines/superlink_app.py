@@ -6,11 +6,13 @@ who submitted the run (see `mirror.py`).
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from fedtune.federation.server import prepared
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import forwarded_records, run_log
 
 _LOCK_WAIT_S = 60.0
 """So long may the ServerApp of an interrupted run take to let go of its run directory."""
@@ -35,6 +38,7 @@ _LOCK_WAIT_S = 60.0
 _POLL_S = 0.5
 
 app = ServerApp()
+log = logging.getLogger(__name__)
 
 
 @app.main()
@@ -49,14 +53,22 @@ def main(grid: Grid, context: Context) -> None:
         theirs, ours = str(context.run_config["fedtune-version"]), version("fedtune")
         if theirs != ours:
             raise UsageError(f"fedtune is {ours} here, and the run was submitted by fedtune {theirs}.")
-        with _patient_lock(run), listening(mirror):
+        with (
+            _patient_lock(run),
+            run_log(run.log_file),
+            forwarded_records(lambda record: mirror(replace(record, trace="")), level=logging.WARNING),
+            listening(mirror),
+        ):
             write_json(run.config_file, workspace_of(config_json).config.model_dump(mode="json"))
             state = run.last_state()
             tell(RunOpened(run.path, int(state.name.removeprefix("round-")) if state else 0))
-            rounds = prepared(PromptGrid(grid), config_json, run)
-            mirror.sync()
             try:
+                rounds = prepared(PromptGrid(grid), config_json, run)
+                mirror.sync()
                 rounds.go()
+            except Exception:
+                log.debug("The server ended with an error.", exc_info=True)
+                raise
             finally:
                 with suppress(Exception):  # the error that is on its way says more
                     mirror.sync()
