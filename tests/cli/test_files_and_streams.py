@@ -264,6 +264,23 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(tmp_path: Path, uninterrupte
 
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount")
+def test_a_disk_that_is_full_for_a_clients_state_is_no_clients_failure(tmp_path: Path) -> None:
+    data = rows(tmp_path / "data")
+    words = ["--data", str(data), *SMALL, *TINY, "--set", "strategy.name=scaffold"]
+    with small_disk(tmp_path / "runs", "64k"):
+        done = typed("train", *words, cwd=tmp_path)
+        assert done.returncode == 3, done.stderr
+        assert re.search(r"no space left on device: runs/\S+/state/clients/\d/", done.stderr)
+        subprocess.run(["mount", "-o", "remount,size=20m", tmp_path / "runs"], check=True)
+        done = typed("train", "--resume", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        resumed = weights(the_run(tmp_path))
+    done = typed("train", *words, "--out", "whole", cwd=tmp_path)
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert weights(RunDirectory(whole)) == resumed
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount")
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     data = rows(tmp_path / "data")
     with small_disk(tmp_path / "runs", "1m"):
