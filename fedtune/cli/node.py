@@ -119,6 +119,7 @@ def _settings(
     """Return what the owner decided; templates, base model and privacy where a flag, a preset or a file names them."""
     from fedtune.config.load import load_config
     from fedtune.federation.node import NodeSettings, privacy_terms
+    from fedtune.runs.directory import expanded
 
     resolved = load_config(
         challenge=challenge,
@@ -140,15 +141,17 @@ def _settings(
             f"{private[0]} asks for no privacy as long as privacy.mode is none.",
             hint="Say which: --set privacy.mode=local, or central where you trust the server.",
         )
-    folder = Path(base).expanduser()
+    if state is not None and state.exists() and not state.is_dir():
+        raise UsageError(f"--state {state} is a file.", hint="Name a folder: --state DIR")
+    folder = expanded(Path(base))
     return NodeSettings(
-        data=str(data.expanduser().absolute()),
+        data=str(data.absolute()),
         base=str(folder.absolute()) if folder.is_dir() else base,
         revision=resolved.config.model.revision,
         trust_remote_code=resolved.config.model.trust_remote_code,
         instruction=chosen.instruction if preset or "data.instruction" in resolved.named else None,
         response=chosen.response if preset or "data.response" in resolved.named else None,
-        state=str(state.expanduser().absolute()) if state else None,
+        state=str(state.absolute()) if state else None,
         max_seconds=max_seconds,
         terms=(*privacy_terms(resolved.config, private), *_limits(at_most or [])),
     )

@@ -125,7 +125,7 @@ def _engine_flags(engine: str | None, superlink: str | None, ca: Path | None) ->
     if superlink is not None:
         flags["federation.superlink"] = ("--superlink", superlink)
     if ca is not None:
-        flags["federation.superlink_ca"] = ("--superlink-ca", str(ca.expanduser().resolve()))
+        flags["federation.superlink_ca"] = ("--superlink-ca", str(ca.resolve()))
     return flags
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ _field_limit = threading.Lock()
 class _Table:
     """A file's columns before they are text."""
 
-    columns: dict[str, Sequence[Any] | pyarrow.ChunkedArray]
+    columns: Mapping[str, Sequence[Any] | pyarrow.ChunkedArray]
     rows: int
     place: Callable[[int], str]
     """Names a row, counted from 0."""

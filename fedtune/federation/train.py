@@ -132,12 +132,12 @@ def _train(
     with run.lock(), listening(place.heard(listener)):
         log.write_to(run.log_file)
         logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
-        if config.privacy.mode == "local" and config.federation.engine != "superlink":
-            _check_accounts(run, config.federation.clients, new=resume is None)
         if resume is not None:
             _check_files(run)
         else:
             write_inputs(run.inputs_file, inputs)
+        if config.privacy.mode == "local" and config.federation.engine != "superlink":
+            _check_accounts(run, config.federation.clients, new=resume is None)
         if resume is None or is_moved:
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))

@@ -13,6 +13,8 @@ from fedtune.config.schema import BUILTIN_TINY, ModelConfig
 from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.hub import UnreachableError, ask_about
 from fedtune.models.stored import weight_files
+from fedtune.runs.atomic import os_error_in
+from fedtune.runs.directory import expanded
 
 WEIGHTS = ["*.safetensors"]
 OTHERS = ["*.json", "*.txt", "*.jinja", "tokenizer*"]
@@ -43,7 +45,7 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
     """
     if config.base == BUILTIN_TINY:
         return ResolvedBase(_checked(Path(__file__).parent / "builtin" / "tiny", config.base, only_config), None)
-    path = Path(config.base).expanduser()
+    path = expanded(Path(config.base))
     if path.is_dir():
         return ResolvedBase(_checked(path, config.base, only_config), None)
     if config.base.startswith((".", "/", "~")) or config.base.count("/") > 1:
@@ -70,7 +72,7 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
         folder = _snapshot(config, commit, only_config)
     except Exception as error:
         raise MissingError(
-            f"Fetching {config.base} from {constants.ENDPOINT} broke off ({type(error).__name__}).",
+            f"Fetching {config.base} from {constants.ENDPOINT} broke off ({_reason(error)}).",
             hint="Run the same command again: what has been fetched is kept.",
         ) from error
     return ResolvedBase(_checked(Path(folder), config.base, only_config), commit)
@@ -133,9 +135,14 @@ def fetch_adapter(name: str) -> Path:
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
     except Exception as error:
         raise MissingError(
-            f"Fetching {name} from {constants.ENDPOINT} broke off ({type(error).__name__}).",
+            f"Fetching {name} from {constants.ENDPOINT} broke off ({_reason(error)}).",
             hint="Run the same command again: what has been fetched is kept.",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    trouble = os_error_in(error)
+    return type(error).__name__ if trouble is None else str(trouble.strerror)
 
 
 def _ask_hub(kind: str, name: str, revision: str | None = None) -> tuple[str, set[str]]:

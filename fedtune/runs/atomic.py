@@ -18,6 +18,9 @@ from fedtune.errors import FedTuneError
 
 logger = logging.getLogger(__name__)
 
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG})
+"""Numbers of errors that say that a disk is full, read-only or failing."""
+
 _OS_ERROR = re.compile(r"\bos error (\d+)|\[?errno (\d+)", re.IGNORECASE)
 """How Rust and C++ libraries (safetensors, Arrow) write the operating system's error number into a text."""
 

@@ -264,6 +264,23 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(tmp_path: Path, uninterrupte
 
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount")
+def test_a_disk_that_is_full_for_a_clients_state_is_no_clients_failure(tmp_path: Path) -> None:
+    data = rows(tmp_path / "data")
+    words = ["--data", str(data), *SMALL, *TINY, "--set", "strategy.name=scaffold"]
+    with small_disk(tmp_path / "runs", "64k"):
+        done = typed("train", *words, cwd=tmp_path)
+        assert done.returncode == 3, done.stderr
+        assert re.search(r"no space left on device: runs/\S+/state/clients/\d/", done.stderr)
+        subprocess.run(["mount", "-o", "remount,size=20m", tmp_path / "runs"], check=True)
+        done = typed("train", "--resume", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        resumed = weights(the_run(tmp_path))
+    done = typed("train", *words, "--out", "whole", cwd=tmp_path)
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert weights(RunDirectory(whole)) == resumed
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount")
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     data = rows(tmp_path / "data")
     with small_disk(tmp_path / "runs", "1m"):
@@ -276,17 +293,18 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
 def test_a_limit_on_file_sizes_is_one_sentence(tmp_path: Path) -> None:
     """The portable variant: no file may be larger than 20 kB, and the first state is."""
     data = rows(tmp_path / "data")
-    done = subprocess.run(
-        [sys.executable, "-m", "fedtune.cli.app", "train", "--data", str(data), *SMALL, *TINY],
-        cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        done = typed("train", "--data", str(data), *SMALL, *TINY, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert done.returncode == 3, done.stderr
     assert "error: file too large: runs/" in done.stderr
     assert "→ Fix that, then go on: fedtune train --resume runs/" in done.stderr
+
+
+FULL = "error: no space left on device: standard output.\n"
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -303,10 +321,14 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("command", "code", "said"),
     [
-        ("fedtune --version >/dev/full", 3, "error: no space left on device: standard output.\n"),
-        ("fedtune train --help >/dev/full", 3, "error: no space left on device: standard output.\n"),
-        ("fedtune budget --challenge tiny >/dev/full", 3, "error: no space left on device: standard output.\n"),
-        ("fedtune train --recipe aloe-8b-medical --dry-run --json >/dev/full", 3, "error: no space left on device: standard output.\n"),
+        ("fedtune --version >/dev/full", 3, FULL),
+        ("fedtune train --help >/dev/full", 3, FULL),
+        ("fedtune budget --challenge tiny >/dev/full", 3, FULL),
+        (
+            "fedtune train --recipe aloe-8b-medical --dry-run --json >/dev/full",
+            3,
+            "error: no space left on device: standard output.\n",
+        ),
         ("fedtune train --recipe aloe-8b-medical --dry-run >&-", 0, ""),
         ("fedtune train --recipe aloe-8b-medical --dry-run 2>&- >/dev/null", 0, ""),
         ("fedtune budget <&- >&- 2>&-", 2, ""),

@@ -21,6 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.node import ERRORS_PASS, error_text
+from fedtune.runs.atomic import DISK_ERRORS, os_error_in
 from fedtune.runs.directory import RunDirectory
 from fedtune.runs.log import reroute_libraries
 
@@ -99,6 +100,8 @@ class InProcessGrid(Grid):
         except Exception as error:
             if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
                 raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
+            if (trouble := os_error_in(error)) is not None and trouble.errno in DISK_ERRORS:
+                raise  # all clients here write to the same disk
             log.debug("Client %s failed.", context.node_config["partition-id"], exc_info=True)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
         # Flower leaves a message's source to the node that sends it.
