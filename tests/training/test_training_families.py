@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.families import FAMILIES, NOT_CAUSAL, QUICK, build
+from support.table import Rows, printed
 from transformers import AutoModelForCausalLM
 
 from fedtune.config.schema import AdapterConfig, TrainingConfig
@@ -42,10 +43,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[tuple[str, str, str]]]:
-    lines: list[tuple[str, str, str]] = []
-    yield lines
-    print("\n" + "\n".join(f"{name:24} {layouts:28} {differences}" for name, layouts, differences in lines))  # noqa: T201
+def table(request: pytest.FixtureRequest) -> Iterator[Rows]:
+    yield from printed(request, ("family", "layouts", "losses", "gradients", "adapter", "why"))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
 def test_a_clients_round_is_what_plain_peft_trains(
-    name: str, checkpointing: Any, rows: TokenizedRows, table: list[tuple[str, str, str]], tmp_path: Path
+    name: str, checkpointing: Any, rows: TokenizedRows, table: Rows, tmp_path: Path
 ) -> None:
     folder = build(name, tmp_path)
     adapted, start = adapted_model(folder)
@@ -144,8 +143,9 @@ def test_a_clients_round_is_what_plain_peft_trains(
     gradient_difference = max(distance(a, b) / distance(b, zero) for a, b in zip(gradients, expected, strict=True))
     adapter_difference = distance(adapted.tensors(), trained) / distance(trained, start)
     layouts = " ".join(f"{n}:{layout.kind}" for n, layout in memory.known[adapted.model].layouts.items())
-    differences = f"{loss_difference:.1e} {gradient_difference:.1e} {adapter_difference:.1e} {result.layout.reason}"
-    table.append((name + (" checkpointed" if checkpointing == "on" else ""), layouts, differences))
+    differences = [f"{each:.0e}" for each in (loss_difference, gradient_difference, adapter_difference)]
+    title = name + (", checkpointed" if checkpointing == "on" else "")
+    table.append((title, layouts, *differences, result.layout.reason))
     assert loss_difference < 1e-5
     assert gradient_difference < 1e-4
     assert adapter_difference < 1e-3
