@@ -336,7 +336,10 @@ def _replies(
     benchmark = questions.selection.benchmark
     asked = questions.questions
     if benchmark.answer_type == "sentiment" and settings.mode == "official":
-        cut = {q.prompt: ids[:FINANCE_LENGTH] for q, ids in zip(asked, tokenize(base, [q.prompt for q in asked]), strict=True)}
+        cut = {
+            q.prompt: ids[:FINANCE_LENGTH]
+            for q, ids in zip(asked, tokenize(base, [q.prompt for q in asked]), strict=True)
+        }
         _requests(base, settings, questions, cut)  # checks them
         yield from _finance_replies(base, [question.prompt for question in asked], known)
         return

@@ -51,7 +51,9 @@ def answer_one_by_one(base: Base, requests: Sequence[Request], pad_token: int) -
             output_logits=True,
         )
         best = out.logits[0][0].float().topk(2).values
-        new = until_stop(out.sequences[0, ids.shape[1] :].tolist(), stops)  # EOS may be no special token of the tokenizer
+        new = until_stop(
+            out.sequences[0, ids.shape[1] :].tolist(), stops
+        )  # EOS may be no special token of the tokenizer
         text = base.tokenizer.decode(new, skip_special_tokens=True)
         yield [Reply(place, text, float(best[0] - best[1]))]
 
