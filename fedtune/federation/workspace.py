@@ -100,7 +100,9 @@ class NodeWorkspace(Workspace):
         except (ConfigError, MissingError) as error:
             log.warning("the base model is refused: %s", error)
             keys = [problem.path for problem in error.problems] if isinstance(error, ConfigError) else ["model.base"]
-            raise ClientError(f"This node's base model is refused ({', '.join(keys)}); its own log says why.") from error
+            raise ClientError(
+                f"This node's base model is refused ({', '.join(keys)}); its own log says why."
+            ) from error
 
     def fingerprint(self, partition: int) -> str:
         """Return the sha256 of the bytes of the file that the rows were read from."""

@@ -196,7 +196,9 @@ def probe_tokens(model: Any, tokenizer: Any) -> torch.Tensor:
     rows = model.get_input_embeddings().weight.shape[0]
     special = set(getattr(tokenizer, "all_special_ids", ())) | set(getattr(tokenizer, "added_tokens_decoder", ()))
     configs = (model.config, model.config.get_text_config(decoder=True))
-    special |= {v for c in configs for k, v in vars(c).items() if k.endswith(("token_id", "token_index")) and _is_int(v)}
+    special |= {
+        v for c in configs for k, v in vars(c).items() if k.endswith(("token_id", "token_index")) and _is_int(v)
+    }
     usable = [id_ for id_ in range(min(rows, len(tokenizer) or rows)) if id_ not in special] or list(range(rows))
     spread = [usable[place * len(usable) // (2 * PROBE_TOKENS)] for place in range(2 * PROBE_TOKENS)]
     row, other = spread[::2], spread[1::2][::-1]
@@ -240,7 +242,9 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
     if not bool(logits.isfinite().all()):
         raise MissingError(f"{base} computes logits that are not finite.", hint="Choose another model.base.")
     spread = (logits - logits.mean(dim=-1, keepdim=True)).abs().max()
-    moved = torch.stack([(logits[0, :-1] - logits[1, :-1]).abs().max(), (logits[0, :half] - logits[2, :half]).abs().max()])
+    moved = torch.stack(
+        [(logits[0, :-1] - logits[1, :-1]).abs().max(), (logits[0, :half] - logits[2, :half]).abs().max()]
+    )
     share = float(moved.max() / spread) if spread > 0 else 0.0
     if share == 0:
         return
@@ -308,7 +312,7 @@ def check_agreement(model: Any, tokenizer: Any, base: str) -> None:
         if eos is not None and ids and eos not in ids:
             others = ", ".join(_token(tokenizer, id_) for id_ in ids)
             log.warning(
-                "%s ends a text with %s by its tokenizer and with %s by its %s; the model learns the first, and evaluation stops at each",
+                "%s ends a text with %s by its tokenizer and with %s by its %s; the first is learnt, and answers stop at each",
                 base,
                 _token(tokenizer, eos),
                 others,
@@ -316,7 +320,7 @@ def check_agreement(model: Any, tokenizer: Any, base: str) -> None:
             )
             break
     bos, own = getattr(tokenizer, "bos_token_id", None), getattr(text_config, "bos_token_id", None)
-    if _is_int(bos) and _is_int(own) and bos != own:
+    if isinstance(bos, int) and isinstance(own, int) and bos != own:
         log.warning(
             "%s begins a text with %s by its tokenizer and with %s by its config.json; the tokenizer's is used",
             base,

@@ -145,7 +145,9 @@ def check_weights_named(table: Mapping[str, Any], base: str) -> None:
         if key == "transformers_weights" and value not in (None, WEIGHTS, INDEX):
             raise ConfigError([Problem("model.base", f"config.json of {base} names other weights, {value!r}")])
         if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            problem = f"config.json of {base} asks for {key} {value!r}, code of another repository, which fedtune never runs"
+            problem = (
+                f"config.json of {base} asks for {key} {value!r}, code of another repository, which fedtune never runs"
+            )
             raise ConfigError([Problem("model.base", problem)])
 
 
@@ -246,7 +248,9 @@ def _index(folder: Path, base: str) -> dict[str, str]:
         raise _damaged(base, INDEX, "it has no weight_map")
     for file in table.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise _damaged(base, INDEX, f"its weight_map names {file!r}, which is no safetensors file of the same folder")
+            raise _damaged(
+                base, INDEX, f"its weight_map names {file!r}, which is no safetensors file of the same folder"
+            )
     return table
 
 

@@ -204,7 +204,9 @@ def test_causality_of_every_family(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "lfm2", "mixtral", "qwen3_next", "bert", "roberta", "xlnet"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "gpt2", "lfm2", "mixtral", "qwen3_next", "bert", "roberta", "xlnet"]
+)
 def test_causality_with_quantized_weights(name: str, quantization: str, tmp_path: Path) -> None:
     check_family(name, tmp_path, quantization)
 
@@ -223,7 +225,13 @@ def check_family(name: str, tmp_path: Path, quantization: str) -> None:
 def test_an_encoder_with_other_heads_is_refused_as_an_encoder(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForPreTraining
 
-    sizes = {"vocab_size": 858, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 858,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     BertForPreTraining(BertConfig(**sizes)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(resolve_base(ModelConfig(base=BUILTIN_TINY)).folder).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="is not causal"):
@@ -298,7 +306,10 @@ def test_ends_of_text_that_disagree_are_said(tiny: Path, caplog: Any) -> None:
     own, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("e")
     edit_config(tiny, "generation_config.json", eos_token_id=other)
     base = load(tiny)
-    assert f"{tokenizer.eos_token!r} ({own}) by its tokenizer and with 'e' ({other}) by its generation_config.json" in caplog.text
+    assert (
+        f"{tokenizer.eos_token!r} ({own}) by its tokenizer and with 'e' ({other}) by its generation_config.json"
+        in caplog.text
+    )
     assert ends_of_text(base.model, base.tokenizer) == (own, other)
     caplog.clear()
     edit_config(tiny, "generation_config.json", eos_token_id=[other, own])
@@ -333,7 +344,9 @@ def test_a_tokenizer_without_its_files_is_not_made_up(tiny: Path, kind: str) -> 
     assert "has no tokenizer that can be read" in refusal(tiny)
 
 
-def test_a_fault_of_the_model_while_computing_is_one_sentence(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_model_while_computing_is_one_sentence(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel\nfor this")
 

@@ -66,7 +66,7 @@ class {name}ForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.lm_head(hidden + mixed))
 '''
 
-TOKENIZER = '''
+TOKENIZER = """
 from pathlib import Path
 
 Path({marker!r}).touch()
@@ -76,7 +76,7 @@ from transformers import PreTrainedTokenizerFast
 
 class OwnTokenizer(PreTrainedTokenizerFast):
     pass
-'''
+"""
 
 
 class Own:
@@ -243,7 +243,9 @@ def test_a_tokenizers_code_runs_on_request_only(tmp_path: Path) -> None:
     own = llama_with_own_tokenizer(tmp_path)
     config = own.config()
     for door in (lambda: load_base(config), lambda: load_tokenizer(config), lambda: check_files(config, own.folder)):
-        with pytest.raises(ConfigError, match=r"model\.trust_remote_code: the tokenizer of this model runs code of its own"):
+        with pytest.raises(
+            ConfigError, match=r"model\.trust_remote_code: the tokenizer of this model runs code of its own"
+        ):
             door()
         assert not own.ran
     assert type(load_base(own.config(trust_remote_code=True)).tokenizer).__name__ == "OwnTokenizer"
@@ -263,7 +265,9 @@ def test_a_tokenizer_that_only_its_own_code_reads_is_refused(tmp_path: Path) -> 
     (own.folder / "tokenizer.json").rename(own.folder / "vocabulary.own")
     config = own.config()
     for door in (lambda: load_base(config), lambda: load_tokenizer(config), lambda: check_files(config, own.folder)):
-        with pytest.raises(ConfigError, match=r"model\.trust_remote_code: the tokenizer of this model runs code of its own"):
+        with pytest.raises(
+            ConfigError, match=r"model\.trust_remote_code: the tokenizer of this model runs code of its own"
+        ):
             door()
         assert not own.ran
 

@@ -81,7 +81,9 @@ DAMAGES: dict[str, Change] = {
     "vocabulary is null": lambda folder: edit_config(folder, vocab_size=None),
     "auto_map is a number": lambda folder: edit_config(folder, auto_map=5),
     "eos is a word": lambda folder: edit_config(folder, eos_token_id="end"),
-    "tokenizer without words": write("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'),
+    "tokenizer without words": write(
+        "tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'
+    ),
 }
 
 
@@ -95,14 +97,18 @@ def test_a_damaged_table_is_one_sentence(folder: Path, damage: Change) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("damage", [d for n, d in DAMAGES.items() if n.startswith(("config.json", "layers", "width", "no "))])
+@pytest.mark.parametrize(
+    "damage", [d for n, d in DAMAGES.items() if n.startswith(("config.json", "layers", "width", "no "))]
+)
 def test_a_plan_refuses_a_damaged_config_too(folder: Path, damage: Change) -> None:
     damage(folder)
     with pytest.raises(MissingError):
         adapter_shapes(ModelConfig(base=str(folder)), AdapterConfig(), None)
 
 
-@pytest.mark.parametrize(("kind", "words"), [("no-such-type", "knows no model of type"), (7, "knows no model of type 7")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("no-such-type", "knows no model of type"), (7, "knows no model of type 7")]
+)
 def test_a_type_that_nobody_knows(folder: Path, kind: object, words: str) -> None:
     edit_config(folder, model_type=kind)
     with pytest.raises(ConfigError, match=words):
@@ -118,8 +124,14 @@ SHARD_DAMAGES: dict[str, tuple[Change, str]] = {
     "shard gone": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "lacks 1 of its weight files"),
     "empty shard": (write("model-00002-of-00002.safetensors", b""), "truncated"),
     "no header": (write("model-00002-of-00002.safetensors", b"\xff" * 100), "truncated"),
-    "unnamed tensor": (lambda f: edit_index(f, lambda m: m.pop("lm_head.weight")), "lm_head.weight, which the index does not"),
-    "tensor gone": (lambda f: edit_index(f, lambda m: m.update(y=m["lm_head.weight"])), "names y, which its shard does not"),
+    "unnamed tensor": (
+        lambda f: edit_index(f, lambda m: m.pop("lm_head.weight")),
+        "lm_head.weight, which the index does not",
+    ),
+    "tensor gone": (
+        lambda f: edit_index(f, lambda m: m.update(y=m["lm_head.weight"])),
+        "names y, which its shard does not",
+    ),
     "unnamed shard": (
         lambda f: shutil.copy(f / "model-00001-of-00002.safetensors", f / "model-00003-of-00003.safetensors"),
         "does not name model-00003",
@@ -197,7 +209,9 @@ def test_a_base_that_is_stored_as_asked_gives_what_quantizing_gives(
     assert not [warning for warning in recwarn if "quantization_config" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("kind", "asked"), [("nf4", "none"), ("nf4", "fp4"), ("nf4", "int8"), ("int8", "none"), ("int8", "nf4")])
+@pytest.mark.parametrize(
+    ("kind", "asked"), [("nf4", "none"), ("nf4", "fp4"), ("nf4", "int8"), ("int8", "none"), ("int8", "nf4")]
+)
 def test_a_base_that_is_stored_otherwise_is_refused_with_both_named(
     llama_folder: Path, tmp_path: Path, kind: str, asked: str
 ) -> None:
