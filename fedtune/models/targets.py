@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import ParamWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
@@ -106,7 +106,7 @@ def _resolve(empty: Any, adapter: AdapterConfig) -> Targets:
         if not kept and len(left_parameters) == len(parameters):
             problem = "none of these modules takes part when the model reads text; name others"
             raise ConfigError([Problem("adapter.targets", problem)])
-        excluded = _roots(unreached, kept, probe)
+        excluded = _roots(unreached, kept)
         if excluded:
             config.exclude_modules = f"({'|'.join(map(re.escape, excluded))})(\\..*)?"
         if left_parameters:
@@ -126,7 +126,7 @@ def _resolve(empty: Any, adapter: AdapterConfig) -> Targets:
         )
     config.lora_dropout = 0.0 if experts else adapter.dropout
     not_linear = sorted((experts | embeddings) & {*modules, *experts})
-    return Targets(config, adapter.dropout, tuple([*modules, *sorted(experts)]), tuple(not_linear), tuple(notes))
+    return Targets(config, adapter.dropout, (*modules, *sorted(experts)), tuple(not_linear), tuple(notes))
 
 
 def check_strategy(config: FedTuneConfig, not_linear: Iterable[str]) -> None:
@@ -344,7 +344,7 @@ def _asked_for(adapter: AdapterConfig, modules: list[str], unreached: set[str]) 
     return asked
 
 
-def _roots(names: set[str], kept: list[str], model: Any) -> list[str]:
+def _roots(names: set[str], kept: list[str]) -> list[str]:
     """Return the largest parts of the model that hold all of `names` and none of `kept`."""
     roots = set()
     for name in names:
