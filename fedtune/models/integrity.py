@@ -65,7 +65,7 @@ def check(model: Any, when: str, besides: Iterable[torch.Tensor] = ()) -> None:
         if before != after or id(tensor) not in there:
             raise FedTuneError(
                 f"The base model's {name} is not what was loaded, {when}: results would be of another model.",
-                hint="What was computed with it is not kept. Run it again, and report this with the model and the adapter's settings.",
+                hint="What was computed with it is not kept. Run it again, and report the model and the adapter's settings.",
             )
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _ATTENTION = re.compile(
     r"(q|k|v|o|qkv|kv|out|query|key|value|query_key_value|qkv_proj|in_proj(_\w+)?|attn_(q|k|v|o|qkv)"
     r"|(q|k|v|o|kv|qk|out|query|key|value|qkvz|ba)(_[ab])?(_proj|_layer)(_with_mqa)?|c_attn|Wqkv|wqkv|W[qkvo]|w[qkvo]"
-    r"|receptance|output_proj)"
+    r"|receptance|output_proj|(q|k|v|out)_lin|project_[qkv]|query_key)"
 )
 """Names of attention projections, and of the projections that state-space models have in their place."""
 _ATTENTION_PARENT = re.compile(r"(^|\.)[^.]*(attn|attention|mixer|mamba|ssm|conv)[^.]*\.[^.]+$", re.IGNORECASE)
@@ -237,7 +237,7 @@ def _default_targets(model: Any, linear: list[str]) -> list[str]:
     """Return the attention projections that a model has, where PEFT knows no default for its architecture."""
     text = model.config.get_text_config()
     known = PEFT_DEFAULTS.get(text.model_type)
-    inside = [name for name in linear if not _TOWER.search(name)]
+    inside = [name for name in linear if not _TOWER.search(name)] or linear
     ends = {name.rpartition(".")[2] for name in inside}
     if isinstance(known, list) and set(known) <= ends:
         return sorted(known)
