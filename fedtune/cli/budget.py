@@ -196,8 +196,8 @@ def _show_forecast(config: FedTuneConfig, planned: Plan, cap_mib: float, time: T
         f"{config.model.base} · {planned.strategy} · {_formats(planned)} · {planned.arrays} arrays, "
         f"{planned.parameters:,} parameters"
     )
-    for note in planned.notes:
-        _say(note)
+    for sentence in planned.notes:
+        _say(sentence)
     _say(f"{planned.rounds} rounds, {planned.clients_per_round} of {planned.clients} clients a round")
     table = Table()
     table.add_column("")

@@ -67,9 +67,11 @@ class AdapterConfig(Section):
     alpha: PositiveInt = 64
     """The update is scaled by alpha / rank (by alpha / sqrt(rank) with rsLoRA)."""
     dropout: float = Field(0.075, ge=0, lt=1)
-    """Dropout on the adapter's input while training."""
+    """Dropout on the adapter's input while training; linear layers only, PEFT has none for stacked experts."""
     targets: Literal["default", "all-linear"] | tuple[str, ...] = "default"
-    """Module names, `all-linear`, or PEFT's default for the architecture."""
+    """Names of linear modules, embeddings or stacked experts' parameters; `all-linear`; or PEFT's default for the architecture,
+    the attention projections where it has none. Modules that training on text does not reach, such as a vision tower's, get no
+    adapter unless they are named in full."""
     rslora: bool = False
     """Rank-stabilised scaling (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
+from fedtune.errors import FedTuneError
 from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, pad_token_of, tokenize
 from fedtune.evaluation.artefacts import write_artefacts
 from fedtune.evaluation.benchmarks.base import Benchmark, Selection
@@ -287,6 +288,11 @@ def _score_one(
     waiting = [place for place in range(questions.count) if place not in journal.outputs]
     if waiting:
         _answer(bench.put_on(subject), settings, subject, questions, journal, listener)
+        try:
+            bench.check_base(subject)
+        except FedTuneError:
+            journal.path.unlink()  # its answers may be another model's
+            raise
     answers = [
         Answer(question.prompt, question.gold, journal.outputs[place], question.subset)
         for place, question in enumerate(questions.questions)

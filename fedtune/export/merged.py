@@ -220,9 +220,7 @@ def plan_merge(finished: FinishedRun, folder: Path) -> Merge:
     return Merge(targets, parts, model, replaced, split, bool(untied))
 
 
-def _target(
-    finished: FinishedRun, path: str, module: LoraLayer, left: dict[str, torch.Tensor]
-) -> tuple[Target, str]:
+def _target(finished: FinishedRun, path: str, module: LoraLayer, left: dict[str, torch.Tensor]) -> tuple[Target, str]:
     """Return what an adapted module adds, and the name of its parameter; its tensors are taken out of `left`."""
     variant = type(module.lora_variant.get("default")).__name__
     embedding, stacked = isinstance(module, LoraEmbedding), isinstance(module, ParamWrapper)
@@ -435,7 +433,9 @@ def _stored_names(name: str, names: set[str], tied: Mapping[str, str], model: An
     if name in own:
         found = revert_weight_conversion(base, {name: own[name].detach()})
         if found and found.keys() <= names:
-            return [_Place(key, part=len(found) > 1 or tensor.shape != own[name].shape) for key, tensor in found.items()]
+            return [
+                _Place(key, part=len(found) > 1 or tensor.shape != own[name].shape) for key, tensor in found.items()
+            ]
     raise AdapterError(
         f"The base's files hold no {name}, which the adapter changes.",
         hint="Use --to folder: PEFT puts the adapter on the model when it is loaded.",

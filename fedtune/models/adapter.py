@@ -275,14 +275,17 @@ def reading_config(saved: SavedAdapter) -> LoraConfig:
         raise AdapterError(
             f"The adapter was trained on weights that its initialisation had changed (init_lora_weights = {init}), and does "
             "not fit the plain base.",
-            hint="Convert it where it was trained: model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL); "
-            f"where the base already holds the changed weights, set init_lora_weights to true in its {CONFIG_FILE}.",
+            hint="Convert it where it was trained: model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=INITIAL). Where the base already holds the changed weights, set "
+            f"init_lora_weights to true in its {CONFIG_FILE}.",
         )
     # The base's name is left out: PEFT would warn that this copy of it lies elsewhere.
     known = {field.name for field in fields(LoraConfig)} - {"base_model_name_or_path"}
     table = {key: value for key, value in config.items() if key in known}
     if unknown := sorted(key for key, value in config.items() if value and key not in known | _ABOUT):
-        log.warning("PEFT %s does not know %s of the %s and leaves it out.", peft.__version__, _some(unknown), CONFIG_FILE)
+        log.warning(
+            "PEFT %s does not know %s of the %s and leaves it out.", peft.__version__, _some(unknown), CONFIG_FILE
+        )
     # Settings of initialisations; MiCA's is also the name of its way to compute, which is that of LoRA.
     inert = {"init_lora_weights": False, "loftq_config": {}, "eva_config": None, "corda_config": None}
     try:

@@ -65,7 +65,7 @@ def check(model: Any, when: str, besides: Iterable[torch.Tensor] = ()) -> None:
         if before != after or id(tensor) not in there:
             raise FedTuneError(
                 f"The base model's {name} is not what was loaded, {when}: results would be of another model.",
-                hint="Nothing of this step was kept. Run it again, and report this with the model and the adapter's settings.",
+                hint="What was computed with it is not kept. Run it again, and report the model and the adapter's settings.",
             )
 
 
@@ -116,14 +116,16 @@ def _sum(tensor: torch.Tensor) -> int | torch.Tensor:
     rest = words[rows.numel() :]
     tail = flat[words.numel() * 8 :].to(torch.int64)
     return (
-        (columns * odd).sum() + (rest * odd[: len(rest)]).sum() * _SPREAD + (tail * odd[: len(tail)]).sum() * (_SPREAD + 2)
+        (columns * odd).sum()
+        + (rest * odd[: len(rest)]).sum() * _SPREAD
+        + (tail * odd[: len(tail)]).sum() * (_SPREAD + 2)
     )
 
 
 def _product(factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return `factors @ rows`, which a GPU does not have for whole numbers."""
     columns = torch.zeros_like(rows[0]) if len(rows) else rows.new_zeros(rows.shape[1])
-    for part, by in zip(rows.split(_ROWS), factors.split(_ROWS), strict=True):
+    for part, by in zip(torch.split(rows, _ROWS), torch.split(factors, _ROWS), strict=True):
         columns += (part * by[:, None]).sum(0)
     return columns
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import ParamWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _ATTENTION = re.compile(
     r"(q|k|v|o|qkv|kv|out|query|key|value|query_key_value|qkv_proj|in_proj(_\w+)?|attn_(q|k|v|o|qkv)"
     r"|(q|k|v|o|kv|qk|out|query|key|value|qkvz|ba)(_[ab])?(_proj|_layer)(_with_mqa)?|c_attn|Wqkv|wqkv|W[qkvo]|w[qkvo]"
-    r"|receptance|output_proj)"
+    r"|receptance|output_proj|(q|k|v|out)_lin|project_[qkv]|query_key)"
 )
 """Names of attention projections, and of the projections that state-space models have in their place."""
 _ATTENTION_PARENT = re.compile(r"(^|\.)[^.]*(attn|attention|mixer|mamba|ssm|conv)[^.]*\.[^.]+$", re.IGNORECASE)
@@ -106,7 +106,7 @@ def _resolve(empty: Any, adapter: AdapterConfig) -> Targets:
         if not kept and len(left_parameters) == len(parameters):
             problem = "none of these modules takes part when the model reads text; name others"
             raise ConfigError([Problem("adapter.targets", problem)])
-        excluded = _roots(unreached, kept, probe)
+        excluded = _roots(unreached, kept)
         if excluded:
             config.exclude_modules = f"({'|'.join(map(re.escape, excluded))})(\\..*)?"
         if left_parameters:
@@ -126,7 +126,7 @@ def _resolve(empty: Any, adapter: AdapterConfig) -> Targets:
         )
     config.lora_dropout = 0.0 if experts else adapter.dropout
     not_linear = sorted((experts | embeddings) & {*modules, *experts})
-    return Targets(config, adapter.dropout, tuple([*modules, *sorted(experts)]), tuple(not_linear), tuple(notes))
+    return Targets(config, adapter.dropout, (*modules, *sorted(experts)), tuple(not_linear), tuple(notes))
 
 
 def check_strategy(config: FedTuneConfig, not_linear: Iterable[str]) -> None:
@@ -237,7 +237,7 @@ def _default_targets(model: Any, linear: list[str]) -> list[str]:
     """Return the attention projections that a model has, where PEFT knows no default for its architecture."""
     text = model.config.get_text_config()
     known = PEFT_DEFAULTS.get(text.model_type)
-    inside = [name for name in linear if not _TOWER.search(name)]
+    inside = [name for name in linear if not _TOWER.search(name)] or linear
     ends = {name.rpartition(".")[2] for name in inside}
     if isinstance(known, list) and set(known) <= ends:
         return sorted(known)
@@ -344,7 +344,7 @@ def _asked_for(adapter: AdapterConfig, modules: list[str], unreached: set[str]) 
     return asked
 
 
-def _roots(names: set[str], kept: list[str], model: Any) -> list[str]:
+def _roots(names: set[str], kept: list[str]) -> list[str]:
     """Return the largest parts of the model that hold all of `names` and none of `kept`."""
     roots = set()
     for name in names:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -307,3 +308,24 @@ def test_lm_eval_on_local_data(run: Path) -> None:
     )
     assert done.exit_code == 2
     assert "1 of 1 rows cannot be used" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, while it makes the adapters
+def test_adapters_of_plain_peft(tmp_path: Path) -> None:
+    """On an embedding; with a head that was trained whole; made by an initialisation that has changed the base."""
+    for name, settings in {
+        "head": {"modules_to_save": ["lm_head"]},
+        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+        "pissa": {"init_lora_weights": "pissa"},
+    }.items():
+        model = load_base(ModelConfig(base="builtin:tiny", quantization="none", compute_dtype="fp32")).model
+        adapted = get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings}))
+        adapted.save_pretrained(str(tmp_path / name))
+    words = ["--bench", "tiny", "--limit", "3", "--model", "builtin:tiny", "--quantization", "none", "--json"]
+    done = fedtune(*words, "--peft", "head", "--peft", "embedding", "--base")
+    assert done.exit_code == 0, done.stderr
+    assert [each["subject"] for each in json.loads(done.stdout)["results"]] == ["base", "head", "embedding"]
+    refused = fedtune(*words, "--peft", "pissa")
+    assert refused.exit_code == 3
+    assert "init_lora_weights = pissa" in refused.stderr
+    assert "path_initial_model_for_weight_conversion" in refused.stderr

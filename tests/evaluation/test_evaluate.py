@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
-from fedtune.errors import MissingError, UsageError
+from fedtune.errors import FedTuneError, MissingError, UsageError
 from fedtune.evaluation import answer as fast
 from fedtune.evaluation import evaluate as module
 from fedtune.evaluation import results
@@ -498,3 +498,19 @@ def test_a_hub_base_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = module.Bench(ModelConfig(base="owner/name", quantization="fp4"))
     assert module.identity(bench, Subject(BASE))["model"]["revision"] == commit
     assert bench.sha256 is None
+
+
+def test_a_base_that_a_subject_has_changed_ends_the_evaluation(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_off = module.Bench._take_off
+
+    def careless(bench: module.Bench) -> None:
+        take_off(bench)
+        bench.base.model.model.norm.weight.data[1] += 2**-20
+
+    monkeypatch.setattr(module.Bench, "_take_off", careless)
+    with pytest.raises(FedTuneError, match=r"model\.norm\.weight is not what was loaded, after peft_0 was evaluated"):
+        evaluate(settings_of(tmp_path, adapters[0], adapters[2], limit=2))
+    assert not list((tmp_path / "answers").iterdir())
+    assert not (tmp_path / "results.json").exists()

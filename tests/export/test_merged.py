@@ -361,7 +361,10 @@ def test_experts_of_other_layouts(tmp_path: Path, family: str) -> None:
         tmp_path, family, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
     )
     export_merged(finished, tmp_path / "out")
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(tmp_path / family / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys()
+        == load_file(tmp_path / family / "model.safetensors").keys()
+    )
     with torch.no_grad():
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(IDS).logits
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

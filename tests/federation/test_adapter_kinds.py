@@ -30,7 +30,12 @@ IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19]])
 
 def run_config(base: Path, *settings: str) -> FedTuneConfig:
     small = ["federation.rounds=2", "federation.clients=8", "federation.fraction=0.25", "training.max_steps=1"]
-    small += ["training.batch_size=2", "training.learning_rate_max=0.01", f"model.base={base}", "model.quantization=none"]
+    small += [
+        "training.batch_size=2",
+        "training.learning_rate_max=0.01",
+        f"model.base={base}",
+        "model.quantization=none",
+    ]
     small += ["checkpoint.save_every=1", "adapter.rank=4"]
     return load_config(challenge="tiny", settings=[*small, *settings]).config
 
@@ -129,7 +134,7 @@ def test_products_of_embeddings_and_experts_are_refused_at_the_start(
         config = run_config(base, f"adapter.targets={targets}", f"strategy.name={strategy}")
         with pytest.raises(ConfigError, match=f"strategy.name: {strategy} averages the products"):
             plan(config)
-        with pytest.raises(ConfigError, match="embed_tokens|experts"):
+        with pytest.raises(ConfigError, match=r"embed_tokens|experts"):
             train(config, out=tmp_path / strategy)
         run = next((tmp_path / strategy).iterdir())
         assert not (run / "metrics.jsonl").exists(), "nothing was trained"

@@ -59,16 +59,14 @@ def test_sums_by_hand() -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_use_changes_nothing_and_a_change_is_named(
-    llama_folder: Path, ids: torch.Tensor, quantization: str
-) -> None:
+def test_use_changes_nothing_and_a_change_is_named(llama_folder: Path, ids: torch.Tensor, quantization: str) -> None:
     base = load_base(ModelConfig.model_validate({"base": str(llama_folder), "quantization": quantization}))
     adapted = attach(base, AdapterConfig(rank=2, targets="all-linear"))
     adapted.model(ids).logits.sum().backward()
     adapted.check_base("after use")
     weight = base.model.model.layers[1].mlp.up_proj.base_layer.weight
     weight.data.view(torch.uint8).flatten()[5] ^= 1
-    with pytest.raises(FedTuneError, match=r"base model's model\.layers\.1\.mlp\.up_proj\.weight is not what was loaded, at noon"):
+    with pytest.raises(FedTuneError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not what was loaded, at noon"):
         adapted.check_base("at noon")
     adapted.detach()
     with pytest.raises(FedTuneError, match=r"up_proj\.weight"):

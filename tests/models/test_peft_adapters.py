@@ -1,4 +1,4 @@
-"""Adapters that plain PEFT has made, with every feature: read as PEFT reads them, or refused by name; the base stays as it was."""
+"""Adapters that plain PEFT has made, with every feature: read as PEFT reads them, or refused by name."""
 
 from __future__ import annotations
 
@@ -159,11 +159,16 @@ def test_an_initialisation_that_changed_the_base_is_refused_with_the_way_out(
 ) -> None:
     by_peft(folders["llama"], tmp_path / "peft_1", target_modules=["q_proj"])
     file = tmp_path / "peft_1" / "adapter_config.json"
-    table = json.loads(file.read_text()) | {"init_lora_weights": init, "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    table = json.loads(file.read_text()) | {
+        "init_lora_weights": init,
+        "loftq_config": {"loftq_bits": 4, "loftq_iter": 1},
+    }
     file.write_text(json.dumps(table))
     base = load_base(ModelConfig(base=str(folders["llama"]), quantization="none"))
     integrity.watch(base.model)
-    with pytest.raises(AdapterError, match=f"init_lora_weights = {init}.*path_initial_model_for_weight_conversion") as error:
+    with pytest.raises(
+        AdapterError, match=f"init_lora_weights = {init}.*path_initial_model_for_weight_conversion"
+    ) as error:
         attach_saved(base, read_adapter(tmp_path / "peft_1"))
     assert error.value.exit_code == 3
     integrity.check(base.model, "after the refusal")
@@ -177,7 +182,9 @@ def test_a_converted_adapter_gives_on_the_plain_base_what_it_was_trained_to(
     adapted = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=init)
     )
-    adapted.peft_config["default"].init_lora_weights = True  # as PEFT's example does before it saves the initial adapter
+    adapted.peft_config[
+        "default"
+    ].init_lora_weights = True  # as PEFT's example does before it saves the initial adapter
     adapted.save_pretrained(str(tmp_path / "initial"))
     adapted.peft_config["default"].init_lora_weights = init
     with torch.no_grad():
@@ -211,7 +218,9 @@ def test_one_adapter_after_another_leaves_nothing_behind(folders: dict[str, Path
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_base_bare(folders: dict[str, Path], tmp_path: Path) -> None:
-    by_peft(folders["qwen3_moe"], tmp_path / "peft_1", target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    by_peft(
+        folders["qwen3_moe"], tmp_path / "peft_1", target_modules=["q_proj"], target_parameters=["experts.down_proj"]
+    )
     file = tmp_path / "peft_1" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.1}))
     base = load_base(ModelConfig(base=str(folders["qwen3_moe"]), quantization="none"))

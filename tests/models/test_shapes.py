@@ -83,7 +83,13 @@ def test_a_default_that_is_a_regular_expression_stays_one(families: Callable[[st
     tensors = initial_tensors(form.shapes, seed=1)
     folder = tmp_path / "peft_1"
     write_adapter(
-        folder, tensors, adapter, base_name="x", revision=None, resolved=form.resolved, read_back=partial(read_back, model)
+        folder,
+        tensors,
+        adapter,
+        base_name="x",
+        revision=None,
+        resolved=form.resolved,
+        read_back=partial(read_back, model),
     )
     assert json.loads((folder / "adapter_config.json").read_text())["target_modules"].startswith(".*language_model")
 
@@ -112,7 +118,9 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
     folder = tmp_path_factory.mktemp("vision") / "gemma3"
     torch.manual_seed(0)
-    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=picture, **tokens)).save_pretrained(folder)
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=picture, **tokens)).save_pretrained(
+        folder
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(str(files("fedtune") / "models" / "builtin" / "tiny" / name), folder)
     return folder
