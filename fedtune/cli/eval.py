@@ -228,7 +228,7 @@ def _cells(row: BenchResult) -> list[str]:
 def _say_more(row: BenchResult) -> None:
     score = row.score
     if (score.unparsed_share or 0) > 0.05:
-        outputs = ", ".join(f"{text!r} ({count})" for text, count in score.unparsed_outputs)
+        outputs = ", ".join(f"{_shortened(text)!r} ({count})" for text, count in score.unparsed_outputs)
         parsed = (
             "" if score.accuracy_parsed is None else f"; on the parsed answers alone it is {score.accuracy_parsed:.2%}"
         )
@@ -242,6 +242,10 @@ def _say_more(row: BenchResult) -> None:
             f"{row.subject} on {row.bench}: {row.agreement.equal} of {row.agreement.asked} answers are the same one by one; "
             f"smallest gaps of the two best logits: {gaps}"
         )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _rescore(files: list[Path], as_json: bool) -> None:

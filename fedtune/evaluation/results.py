@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from fedtune.errors import MissingError
 from fedtune.runs.atomic import alone_in, write_text
@@ -136,7 +136,7 @@ def _wrong_with(record: Any) -> str:
     for name in _TEXTS:
         if not isinstance(record.get(name), str):
             return f"{name!r} is no text"
-    n, k, accuracy, unparsed = (record.get(name) for name in ("n", "k", "accuracy", "unparsed"))
+    n, k, accuracy, unparsed = record.get("n"), record.get("k"), record.get("accuracy"), record.get("unparsed")
     if not _is_count(n) or not _is_count(k) or not 0 <= k <= n or n == 0:
         return "'k' and 'n' are no counts"
     if not _is_number(accuracy) or not math.isclose(accuracy, k / n, rel_tol=1e-9, abs_tol=1e-12):
@@ -149,11 +149,11 @@ def _wrong_with(record: Any) -> str:
     return ""
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -16,6 +16,7 @@ import torch
 from click.testing import Result
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.families import build
 from typer.testing import CliRunner
 
 from fedtune.cli.app import app
@@ -123,6 +124,50 @@ def test_unparsed_outputs_are_noted(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "100.0% of the outputs are no answer in form, most often '" in done.stderr
     assert "(8)" in done.stderr
+
+
+def test_a_model_with_windows_says_its_path(tmp_path: Path) -> None:
+    """Case: windows of 16 tokens. The answers are those of one-by-one generation, and the path stands beside them."""
+    build("mistral", tmp_path)
+    words = ["--bench", "tiny", "--limit", "12", "--base", "--model", "./mistral", "--quantization", "none"]
+    done = fedtune(*words, "--verify", "12")
+    assert done.exit_code == 0, done.stderr
+    assert "base on tiny: 12 of 12 answers are the same one by one" in done.stderr
+    assert "base on tiny: answered with shared prefixes (equal to one-by-one generation on 3 prompts" in done.stderr
+
+
+@pytest.mark.parametrize("content", ['[{"subject": "ba', '{"runs": []}', '[{"name": "else"}]', '{"format": 99}', ""])
+def test_results_that_cannot_be_read_are_refused(tmp_path: Path, content: str) -> None:
+    Path("out").mkdir()
+    Path("out/results.json").write_text(content)
+    words = ["--bench", "tiny", "--limit", "4", "--base", "--model", "builtin:tiny", "--out", "out"]
+    for more in ([], ["--protocol", "lm-eval", "--bench", "medqa", "--data-dir", "data"]):
+        if more:
+            lines(Path("data", "medqa.jsonl"), LM_EVAL_ROWS["medqa"])
+            words = words[2:]
+        done = fedtune(*words, *more)
+        assert done.exit_code == 3, done.stderr
+        assert "out/results.json" in done.stderr
+        assert "→ " in done.stderr
+        assert Path("out/results.json").read_text() == content
+    assert [path.name for path in Path("out").iterdir() if path.name != "answers"] == ["results.json"]
+    assert not any(Path("out").glob("answers/*"))
+
+
+def test_a_results_folder_that_is_a_file(tmp_path: Path) -> None:
+    Path("out").write_text("")
+    done = fedtune("--bench", "tiny", "--base", "--model", "builtin:tiny", "--out", "out")
+    assert done.exit_code == 3
+    assert "Results cannot be written to out" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "opt", "bloom", "mamba"])
+def test_lm_eval_on_other_families(tmp_path: Path, family: str) -> None:
+    build(family, tmp_path)
+    lines(Path("data", "medqa.jsonl"), LM_EVAL_ROWS["medqa"])
+    words = ["--bench", "medqa", "--data-dir", "data", "--base", "--model", f"./{family}", "--quantization", "none"]
+    done = fedtune(*words, "--protocol", "lm-eval", "--out", "out")
+    assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import FedTuneError, MissingError, UsageError
 from fedtune.evaluation import answer as fast
 from fedtune.evaluation import evaluate as module
-from fedtune.evaluation import results
+from fedtune.evaluation import probe, results
 from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
 from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.benchmarks.load import load_questions
@@ -243,13 +243,87 @@ def test_a_torn_line_and_what_follows_are_asked_again(
     assert again.results[0].score == whole.results[0].score
 
 
-def test_a_damaged_journal_is_begun_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["garbage", "a line that is no answer", "another head", "nothing"])
+def test_a_damaged_journal_is_kept_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     settings = settings_of(tmp_path, None, limit=8)
     whole = evaluate(settings)
     path = journal_of(tmp_path, "tiny_base_fast_first8")
-    path.write_text("garbage\n" + path.read_text())
+    text = path.read_text()
+    head, rest = text.split("\n", 1)
+    damaged = {
+        "garbage": f"{head}\ngarbage\n{rest}",
+        "a line that is no answer": text + '{"place": 3}\n' + '{"place": 4, "output": "A", "gap": 0.5}\n',
+        "another head": f'{{"bench": "other"}}\n{rest}',
+        "nothing": "",
+    }[damage]
+    path.write_text(damaged)
     assert evaluate(settings).results[0].score == whole.results[0].score
     assert sorted(places_in(path)) == list(range(8))
+    (aside,) = (tmp_path / "answers").glob("*.damaged-1.jsonl")
+    assert aside.read_text() == damaged
+    assert any(str(path) in text and aside.name in text for text in caplog.messages)
+
+
+def test_a_torn_last_line_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_of(tmp_path, None, limit=8)
+    evaluate(settings)
+    path = journal_of(tmp_path, "tiny_base_fast_first8")
+    path.write_bytes(path.read_bytes()[:-9])
+    caplog.clear()
+    evaluate(settings)
+    assert [text for text in caplog.messages if "cut off" in text and str(path) in text]
+    caplog.clear()
+    evaluate(settings)
+    assert caplog.messages == []
+
+
+def test_answers_of_two_paths_are_not_mixed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that another path began is set aside; one that is complete keeps the path that it names."""
+    settings = settings_of(tmp_path, None, limit=8)
+    first = evaluate(settings).results[0]
+    assert first.answer_path == "shared prefixes"
+    path = journal_of(tmp_path, "tiny_base_fast_first8")
+    monkeypatch.setattr(probe, "PATHS", probe.PATHS[3:])
+    complete = evaluate(settings).results[0]
+    assert complete.answer_path == "shared prefixes"
+    started = "".join(line for line in path.read_text().splitlines(keepends=True) if '"place": 5' not in line)
+    path.write_text(started)
+    again = evaluate(settings).results[0]
+    assert again.answer_path == "batches padded on the left"
+    assert again.score == first.score
+    assert sorted(places_in(path)) == list(range(8))
+    (aside,) = (tmp_path / "answers").glob("*.other-path-1.jsonl")
+    assert aside.read_text() == started
+    assert any("computed on another path" in text and aside.name in text for text in caplog.messages)
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert record["answer_path"] == "batches padded on the left"
+    assert "equal to one-by-one generation" in record["answer_path_reason"]
+
+
+@pytest.mark.parametrize("content", ['[{"bench": "ti', "{}", '[{"format": 99}]'])
+def test_results_that_are_refused_cost_no_question(tmp_path: Path, loads: list[ModelConfig], content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(MissingError, match=r"results\.json"):
+        evaluate(settings_of(tmp_path, None))
+    assert loads == []
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_a_full_disk_in_the_middle_is_said_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(tmp_path, None, limit=8)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_artefacts", full)
+        with pytest.raises(MissingError, match="No space left on device"):
+            evaluate(settings)
+    heard: list[Asked] = []
+    assert evaluate(settings, heard.append).results[0].score.n == 8
+    assert heard == []  # the answers were there
 
 
 def test_other_settings_start_a_new_journal(adapters: list[Path], loads: list[ModelConfig], tmp_path: Path) -> None:
@@ -307,7 +381,10 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = evaluate(settings).results[0].agreement
     assert again is not None
     assert (again.asked, again.equal) == (10, 0)
-    assert json.loads((tmp_path / "results.json").read_text())[0]["verified"]["equal"] == 0
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert record["verified"]["equal"] == 0
+    assert record["comparable"] is False
+    assert any("10 of 10 verified answers differ" in text for text in record["findings"])
 
 
 def test_limit_marks_partial(tmp_path: Path) -> None:
@@ -361,7 +438,8 @@ def test_mmlu_has_a_row_for_every_subject(tmp_path: Path) -> None:
 def test_an_answer_that_is_complete_costs_no_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows end at different steps, by a stop token (5) or their number of new tokens; what follows in a row is not kept."""
     base = load_base(MODEL)
-    script = [[0], [5, 20, 20, 20], [20, 20, 20, 20], [20, 5, 20, 20], [20, 20, 20, 5], [5, 5, 5, 5]]  # prefix, then a step a list
+    # A list a pass: the shared prefix, then each step.
+    script = [[0], [5, 20, 20, 20], [20, 20, 20, 20], [20, 5, 20, 20], [20, 20, 20, 5], [5, 5, 5, 5]]
     calls: list[int] = []
 
     class Scripted(torch.nn.Module):

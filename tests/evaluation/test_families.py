@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,13 @@ QUICK = {
 """Families that are tried by default, with their paths on FPB, which writes texts, and on the tiny benchmark, which writes one
 letter: there nothing follows the padding that a window or a running state could lose."""
 
-WORDS = "profit rose fell sharply in the third quarter as net sales grew and the company sold its unit".split()
+SENTENCE = "profit rose fell sharply in the third quarter as net sales grew and the company sold its unit"
 
 
 def answered(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[BenchResult]:
     """Score a family's random model on a few questions of FPB and of the tiny benchmark, all of them verified."""
-    sentences = [" ".join(WORDS[start : start + 1 + 2 * (start % 6)]) for start in range(12)]
+    words = SENTENCE.split()
+    sentences = [" ".join(words[start : start + 1 + 2 * (start % 6)]) for start in range(12)]
     rows = [{"sentence": f"{text} {n}.", "label": n % 3} for n, text in enumerate(sentences)]
     (folder / "fpb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for place in (official, module):
@@ -79,7 +81,8 @@ def test_all_families_answer_as_one_by_one(
             agreement = result.agreement
             assert agreement is not None
             equal = f"{agreement.equal}/{agreement.asked}"
-            print(f"\n{family:20} {result.bench:5} {equal:6} {result.answer_path:40} {result.answer_path_reason}", end="")
+            row = f"{family:20} {result.bench:5} {equal:6} {result.answer_path:40} {result.answer_path_reason}"
+            sys.stdout.write(f"\n{row}")
     for result in results:
         assert result.agreement is not None
         assert result.agreement.equal == result.agreement.asked
@@ -90,6 +93,6 @@ def test_all_families_answer_as_one_by_one(
 def test_families_that_are_not_tried_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([name for name in FAMILIES if name not in NOT_CAUSAL]) >= 60
     with capsys.disabled():
-        print(f"\nnot causal, refused when loaded: {', '.join(NOT_CAUSAL)}")
+        sys.stdout.write(f"\nnot causal, refused when loaded: {', '.join(NOT_CAUSAL)}\n")
         for name, reason in NOT_BUILT.items():
-            print(f"not built: {name} ({reason})")
+            sys.stdout.write(f"not built: {name} ({reason})\n")
