@@ -401,13 +401,12 @@ def _on_meta(finished: FinishedRun, folder: Path) -> Any:
             hint="Name the unquantized base in the run's config, or use --to folder.",
         ) from error
     empty = empty_model(config, folder)
-    with silence_libraries(), torch.device("meta"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing is trained here, and nothing kept
-            try:
-                return get_peft_model(empty, reading_config(finished.saved), low_cpu_mem_usage=True)
-            except (ValueError, TypeError, ImportError) as error:
-                raise AdapterError(f"{finished.name} does not fit its base: {error}") from error
+    with silence_libraries(), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing is trained here, and nothing kept
+        try:
+            return get_peft_model(empty, reading_config(finished.saved), low_cpu_mem_usage=True)
+        except (ValueError, TypeError, ImportError) as error:
+            raise AdapterError(f"{finished.name} does not fit its base: {error}") from error
 
 
 @dataclass(frozen=True)
