@@ -7,6 +7,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("COLUMNS", None)  # set where tests run on several processes; tables would be cut to it
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,19 @@ def shared_data() -> Path:
     folder = PROJECT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the real data is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """A folder with SmolLM2-135M-Instruct, made once and kept in the user's cache; tests are skipped where it cannot be had."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "fedtune-tests" / "smollm2-135m-instruct"
+    command = [sys.executable, str(PROJECT / "scripts" / "real_model.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -99,9 +99,10 @@ def row_limits(model: Any) -> tuple[RowLimit, ...]:
             positions = (
                 parameters.get("original_max_position_embeddings")
                 or values.get("original_max_position_embeddings")
-                or values["max_position_embeddings"]
+                or values.get("max_position_embeddings")
             )
-            limits.append(RowLimit(f"rope_type {parameters['rope_type']}", positions, pads=False))
+            if positions:
+                limits.append(RowLimit(f"rope_type {parameters['rope_type']}", positions, pads=False))
     return tuple(sorted(limits, key=lambda limit: limit.tokens))
 
 

@@ -70,6 +70,8 @@ def suggests_checkpointing(model: Any, device: torch.device) -> bool:
     config = model.config.get_text_config()
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    if not isinstance(inner, int):
+        inner = max(inner)  # one size for each layer, as in Gemma 3n
     # Kept per token and layer: inputs and outputs of norms, projections, adapters and attention; of the MLP's products.
     token_bytes = config.num_hidden_layers * (16 * hidden + 6 * inner) * model.dtype.itemsize
     return bool(WORTHWHILE_TOKENS * token_bytes > free_memory_bytes(device))

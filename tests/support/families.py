@@ -251,6 +251,19 @@ FAMILIES: dict[str, Options] = {
     "openai-gpt": _GPT2,
     "persimmon": {},
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "phi3_longrope": {
+        "model_type": "phi3",
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 24,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.0, 1.0, 1.0],
+            "long_factor": [1.0, 3.0, 9.0, 27.0],
+            "original_max_position_embeddings": 24,
+        },
+    },
     "phimoe": {**_MOE, **_WINDOW, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen2_moe": _QWEN_MOE,
     "recurrent_gemma": {

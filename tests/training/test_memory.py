@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import FAMILIES, build
+from transformers import AutoModelForCausalLM
 
+from fedtune.training import memory
 from fedtune.training.memory import WORTHWHILE_TOKENS, Limits, cut, is_out_of_memory
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
@@ -36,6 +41,15 @@ def test_the_allocator_of_this_machine_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "gemma3n_text" else pytest.mark.slow) for n in FAMILIES]
+)
+def test_memory_is_counted_for_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(build(name, tmp_path))
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda _: 1)
+    assert memory.suggests_checkpointing(model, torch.device("cuda"))
 
 
 def test_cut_by_hand() -> None:
