@@ -237,14 +237,19 @@ def _default_targets(model: Any, linear: list[str]) -> list[str]:
     """Return the attention projections that a model has, where PEFT knows no default for its architecture."""
     text = model.config.get_text_config()
     known = PEFT_DEFAULTS.get(text.model_type)
-    inside = [name for name in linear if not _TOWER.search(name)] or linear
-    ends = {name.rpartition(".")[2] for name in inside}
-    if isinstance(known, list) and set(known) <= ends:
+    inside = [name for name in linear if not _TOWER.search(name)]
+    if isinstance(known, list) and set(known) <= {name.rpartition(".")[2] for name in inside}:
         return sorted(known)
+    # Some text models call all of their layers an encoder.
+    return _attention_targets(model, inside) or _attention_targets(model, linear)
+
+
+def _attention_targets(model: Any, linear: list[str]) -> list[str]:
+    """Return names, as targets, of the attention projections among linear modules."""
     # PEFT refuses these of state-space models: their fast kernels go past the module.
     refused = {"out_proj", "conv1d"} if re.search("mamba|falcon_h1|nemotron_h", model.config.model_type) else set()
     output = model.get_output_embeddings()
-    inside = [name for name in inside if model.get_submodule(name) is not output]
+    inside = [name for name in linear if model.get_submodule(name) is not output]
     in_blocks = [name for name in inside if _ATTENTION_PARENT.search(name)]
     found = {end for name in in_blocks or inside if _ATTENTION.fullmatch(end := name.rpartition(".")[2])} - refused
     if not found:
