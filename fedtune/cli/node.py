@@ -183,9 +183,19 @@ def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | 
 
     resolved = resolve_base(settings.model)
 
-    from fedtune.models.base import check_code
+    from fedtune.models.base import check_files
 
-    check_code(settings.model, resolved.folder)
+    tokenizer, limits = check_files(settings.model, resolved.folder)
+    if settings.instruction and settings.response:
+        from fedtune.config.load import load_config
+        from fedtune.config.schema import DataConfig
+        from fedtune.data.tokenize import tokenize_rows
+        from fedtune.federation.row_check import check_rows
+
+        own = DataConfig(source=settings.data, instruction=settings.instruction, response=settings.response)
+        checked = load_config().config.model_copy(update={"model": settings.model, "data": own})
+        rows = tokenize_rows(table, own, tokenizer, checked.training.sequence_length)
+        check_rows(rows, table, tokenizer, checked, limits, data.name)
     return [
         f"data {settings.data}: {len(table)} rows with the columns {', '.join(table.column_names)}",
         f"base model {settings.base}{f' at {resolved.revision}' if resolved.revision else ''}",

@@ -7,6 +7,7 @@ property. Every field's meaning stands under it; the reference in docs/reference
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -38,11 +39,17 @@ class ModelConfig(Section):
     gradient_checkpointing: Switch = "auto"
     """Recompute activations in the backward pass to save memory; `auto` turns it on where memory is short."""
     trust_remote_code: bool = False
-    """Run the model repository's own Python code; needs `model.revision` to be a full commit hash."""
+    """Run the model's own Python code; of a model on the hub only with a full commit hash as `model.revision`."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `base` is a folder rather than built in or a model on the hub."""
+        return self.base.startswith((".", "/", "~")) or self.base.count("/") > 1 or Path(self.base).is_dir()
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
-        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "")
+        if self.trust_remote_code and not pinned and not self.is_folder:
             raise ValueError("trust_remote_code needs model.revision to be a commit hash of 40 hex digits")
         if self.dequantize == "on" and self.quantization in ("int8", "none"):
             raise ValueError(

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from fedtune.errors import MissingError
 from fedtune.models.base import Base
+from fedtune.models.check import ends_of_text
 
 Tokens = tuple[int, ...]
 
@@ -383,8 +384,10 @@ def _as_replies(
     columns = torch.stack(list(chosen), dim=1).tolist()
     replies = []
     for row, (place, tokens, gap) in enumerate(zip(batch, columns, gaps, strict=True)):
-        kept = _until_stop(tokens[: requests[place].new_tokens], stops)
-        text = base.tokenizer.decode(kept, skip_special_tokens=True)
+        allowed = tokens[: requests[place].new_tokens]
+        before = until_stop(allowed, stops)
+        kept = allowed[: len(before) + 1]
+        text = base.tokenizer.decode(before, skip_special_tokens=True)
         logits = torch.stack([step[row] for step in steps[: len(kept)]]) if keep_logits else None
         replies.append(Reply(place, text, gap, tuple(kept), logits))
     return replies
@@ -436,20 +439,17 @@ def _check_padding(cache: Any) -> None:
 
 
 def stop_tokens(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer: those of the model's generation config, else the tokenizer's EOS."""
-    ends = base.model.generation_config.eos_token_id
-    if ends is None:
-        ends = base.tokenizer.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    """Return the tokens that end an answer: the tokenizer's EOS, which training teaches, and the generation config's."""
+    return frozenset(ends_of_text(base.model, base.tokenizer))
 
 
-def _until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
-    """Return the tokens up to and including a stop token, which is text where the tokenizer does not call it special."""
+def until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
+    """Return the tokens before the first that ends an answer."""
     kept: list[int] = []
     for token in tokens:
-        kept.append(token)
         if token in stops:
             break
+        kept.append(token)
     return kept
 
 

@@ -29,7 +29,8 @@ from fedtune.evaluation.official import (
     answer_part,
     new_tokens,
 )
-from fedtune.evaluation.probe import ONE_BY_ONE, Choice, check_positions, choose_path, no_numbers, warnings_about
+from fedtune.evaluation.probe import ONE_BY_ONE, Choice, choose_path, no_numbers, warnings_about
+from fedtune.evaluation.question_check import check_questions
 from fedtune.evaluation.results import FILE, FORMAT, add_results, cannot_write, prepare_folder, without_nan
 from fedtune.evaluation.scoring import Answer, Score, score
 from fedtune.evaluation.statistics import Interval, PairedTest, mcnemar, wilson
@@ -361,16 +362,16 @@ def _replies(
     for place, question in enumerate(asked):
         places.setdefault(question.prompt, []).append(place)
     tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in places])
+    finance = benchmark.answer_type == "sentiment" and settings.mode == "official"
+    if finance:
+        tokens = [ids[:FINANCE_LENGTH] for ids in tokens]
     everything = _requests(base, settings, questions, dict(zip(places, tokens, strict=True)))
     budget = Budget.of(base.device)
-    finance = benchmark.answer_type == "sentiment" and settings.mode == "official"
     choice: Choice | None = None
     findings = warnings_about(base, everything)
     if finance:
-        check_positions(base, everything)
         journal.choose(f"batches of {FINANCE_BATCH_SIZE} padded on the left", "the official mode", findings)
     elif settings.mode == "official":
-        check_positions(base, everything)
         journal.choose(ONE_BY_ONE, "the official mode", findings)
     else:
         choice = choose_path(base, everything, budget)
@@ -417,10 +418,14 @@ def _requests(
 ) -> list[Request]:
     """Return a request for each prompt of `tokens`, with as many new tokens as the protocol allows."""
     if questions.selection.benchmark.answer_type == "sentiment":
-        return [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in tokens.values()]
-    counts = new_tokens(base, questions.questions, settings.batch_size)
-    limits = {question.prompt: count for question, count in zip(questions.questions, counts, strict=True)}
-    return [Request(ids, limits[prompt]) for prompt, ids in tokens.items()]
+        requests = [Request(ids, max(1, FINANCE_LENGTH - len(ids))) for ids in tokens.values()]
+    else:
+        counts = new_tokens(base, questions.questions, settings.batch_size)
+        limits = {question.prompt: count for question, count in zip(questions.questions, counts, strict=True)}
+        requests = [Request(ids, limits[prompt]) for prompt, ids in tokens.items()]
+    places = {question.prompt: place for place, question in enumerate(questions.questions)}
+    check_questions(base, questions.selection.name, {prompt: places[prompt] for prompt in tokens}, requests)
+    return requests
 
 
 def _output(benchmark: Benchmark, text: str) -> str:

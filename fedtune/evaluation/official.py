@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedtune.evaluation.answer import Reply, Request, stop_tokens
+from fedtune.evaluation.answer import Reply, Request, stop_tokens, until_stop
 from fedtune.evaluation.benchmarks.base import Question
 from fedtune.models.base import Base
 
@@ -36,6 +36,7 @@ def answer_one_by_one(
     base: Base, requests: Sequence[Request], pad_token: int, *, keep_logits: bool = False
 ) -> Iterator[list[Reply]]:
     """Answer requests one at a time, in their order, through the model's own `generate`; yield each reply."""
+    stops = stop_tokens(base)
     for place, request in enumerate(requests):
         ids = torch.tensor([request.tokens], device=base.device)
         out = base.model.generate(
@@ -46,13 +47,15 @@ def answer_one_by_one(
             temperature=None,
             top_p=None,
             top_k=None,
+            eos_token_id=sorted(stops) or None,
             pad_token_id=pad_token,
             return_dict_in_generate=True,
             output_logits=True,
         )
         best = out.logits[0][0].float().topk(2).values
         tokens = tuple(out.sequences[0, ids.shape[1] :].tolist())
-        text = base.tokenizer.decode(tokens, skip_special_tokens=True)
+        # EOS may be no special token of the tokenizer.
+        text = base.tokenizer.decode(until_stop(tokens, stops), skip_special_tokens=True)
         logits = torch.cat(out.logits).float() if keep_logits else None  # (new tokens, vocabulary)
         yield [Reply(place, text, float(best[0] - best[1]), tokens, logits)]
 
@@ -67,7 +70,7 @@ def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    stops = sorted(stop_tokens(base))
+    stops = stop_tokens(base)
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"  # what is generated follows the last token of a row
     try:
@@ -88,10 +91,11 @@ def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=stops or None,
+                eos_token_id=sorted(stops) or None,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            rows = [[*row[:width], *until_stop(row[width:], stops)] for row in out.tolist()]
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             yield [Reply(start + row, answer_part(text), float("nan")) for row, text in enumerate(texts)]
     finally:
         tokenizer.padding_side = side

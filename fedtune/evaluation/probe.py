@@ -86,9 +86,8 @@ def choose_path(base: Base, requests: Sequence[Request], budget: Budget) -> Choi
 
     Raises:
         MissingError: the device's memory does not hold a single question, or the model's logits are not numbers.
-        UsageError: the model has fewer positions than a question has tokens, or cannot generate at all.
+        UsageError: the model cannot generate at all.
     """
-    check_positions(base, requests)
     samples = _samples(requests)
     plain = _plainly(base, samples)
     if any(reply.logits is not None and bool(reply.logits.isnan().any()) for reply in plain):
@@ -139,46 +138,7 @@ def warnings_about(base: Base, requests: Sequence[Request]) -> list[str]:
         found.append(
             "the tokenizer ends every prompt with its EOS token, and answers follow that, as in the leaderboard's scripts"
         )
-    limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int):
-        longer = sum(len(request.tokens) > limit for request in requests)
-        if longer:
-            found.append(f"{longer} of {len(requests)} prompts are longer than the model's {limit} positions")
     return found
-
-
-def check_positions(base: Base, requests: Sequence[Request]) -> None:
-    """Refuse questions that are longer than a table of positions.
-
-    Raises:
-        UsageError: some are; their number, the longest and the model's positions are named.
-    """
-    positions = position_table(base.model)
-    if positions is None:
-        return
-    lengths = [len(request.tokens) + request.new_tokens - 1 for request in requests]
-    longer = sum(length > positions for length in lengths)
-    if longer:
-        raise UsageError(
-            f"{longer} of {len(lengths)} questions are longer than the model's {positions} positions, with their answers: "
-            f"up to {max(lengths)} tokens.",
-            hint="Choose a base model with more positions, or questions that are shorter (--data-dir).",
-        )
-
-
-def position_table(model: Any) -> int | None:
-    """Return the rows of the model's table of positions; None where positions are computed and have no end."""
-    config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return None
-    own = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and id(module) not in own:
-            known = any(sign in name.rpartition(".")[2] for sign in ("position", "wpe"))
-            if known and limit <= module.num_embeddings <= limit + 8:
-                return limit
-    return None
 
 
 def _samples(requests: Sequence[Request]) -> list[Request]:

@@ -21,17 +21,17 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedtune.config.schema import ModelConfig
-from fedtune.errors import FedTuneError, MissingError
+from fedtune.errors import ConfigError, FedTuneError, MissingError
 from fedtune.export.card import card
 from fedtune.export.finished import FinishedRun
 from fedtune.export.folder import TOKENIZER_FILES, about_files, base_files, notes
 from fedtune.export.package import MANIFEST, Exported, Package, make_room, package
 from fedtune.models.adapter import MAGNITUDE, AdapterError, attach_saved
-from fedtune.models.base import Base, check_code, free_memory_bytes, load_base, quiet
+from fedtune.models.base import Base, empty_model, free_memory_bytes, load_base, load_tokenizer, quiet
 from fedtune.models.hub import resolve_base
+from fedtune.models.stored import check_quantization, read_headers, read_table, weight_files
 from fedtune.runs.atomic import write_folder
 from fedtune.units import format_bytes
 
@@ -242,13 +242,6 @@ class _Stored:
     bytes: int
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
-
-
 def _header(file: Path) -> dict[str, Any]:
     """Return a safetensors file's table of tensors: `dtype`, `shape`, `data_offsets` by name."""
     with file.open("rb") as stream:
@@ -258,12 +251,12 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _names_of(folder: Path) -> set[str]:
-    return {name for file in _weight_files(folder) for name in _header(file)}
+    return {name for file in weight_files(folder, str(folder)) for name in _header(file)}
 
 
 def _stored(folder: Path, merge: Merge) -> Iterator[_Stored]:
     """Yield the merged model's tensors in the order of the base's files."""
-    for file in _weight_files(folder):
+    for file in weight_files(folder, str(folder)):
         for name, entry in sorted(_header(file).items(), key=lambda item: item[1]["data_offsets"]):
             size = entry["data_offsets"][1] - entry["data_offsets"][0]
             yield _Stored(name, name, file, size)
@@ -310,15 +303,16 @@ def _merged_from(stored: _Stored, merge: Merge) -> torch.Tensor:
 def _on_meta(finished: FinishedRun, folder: Path) -> Any:
     """Return PEFT's model around a base without memory for its weights: which layers it adapts, how, and what is tied."""
     config = finished.config.model
-    check_code(config, folder)
+    headers, table = read_headers(folder, config.base), read_table(folder / "config.json", config.base)
+    try:
+        check_quantization(config.model_copy(update={"quantization": "none"}), table, headers)
+    except ConfigError as error:
+        raise MissingError(
+            f"The base {config.base} is stored quantized, and an adapter merges only into full weights.",
+            hint="Name the unquantized base in the run's config, or use --to folder.",
+        ) from error
+    empty = empty_model(config, folder)
     with quiet(), torch.device("meta"):
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
-        if getattr(shape, "quantization_config", None) is not None:
-            raise MissingError(
-                f"The base {config.base} is stored quantized, and an adapter merges only into full weights.",
-                hint="Name the unquantized base in the run's config, or use --to folder.",
-            )
-        empty = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
         known = set(LoraConfig().to_dict()) - {"base_model_name_or_path"}
         settings = LoraConfig(**{key: value for key, value in finished.saved.config.items() if key in known})
         with warnings.catch_warnings():
@@ -348,8 +342,32 @@ def _texts(finished: FinishedRun, folder: Path, merge: Merge, licence: str | Non
         table = json.loads(files["config.json"])
         table["tie_word_embeddings"] = False
         files["config.json"] = (json.dumps(table, indent=2) + "\n").encode()
+    files |= _with_trained_end(files, finished.config.model)
     about = about_files(finished)
     return package({**files, "README.md": card(finished, licence=licence, merged=True), **about})
+
+
+def _with_trained_end(files: Mapping[str, bytes], config: ModelConfig) -> dict[str, bytes]:
+    """Return config.json and generation_config.json where they lack the end of text that training taught, with it added.
+
+    The ends of text that the base's files name stay beside it, where the base has an embedding for them.
+    """
+    trained = load_tokenizer(config).eos_token_id
+    tables = {name: json.loads(files[name]) for name in ("config.json", "generation_config.json") if name in files}
+    text = tables["config.json"].get("text_config") or {}
+    vocabulary = tables["config.json"].get("vocab_size") or text.get("vocab_size") or float("inf")
+    changed = {}
+    for name, table in tables.items():
+        for holder in (table, table.get("text_config")):
+            if holder is None or (holder is not table and "eos_token_id" not in holder):
+                continue
+            old = holder.get("eos_token_id")
+            ends = [end for end in (old if isinstance(old, list) else [old]) if isinstance(end, int)]
+            if trained is not None and trained not in ends:
+                known = [end for end in ends if 0 <= end < vocabulary]
+                holder["eos_token_id"] = [trained, *known] if known else trained
+                changed[name] = (json.dumps(table, indent=2) + "\n").encode()
+    return changed
 
 
 def _checked(finished: FinishedRun, merged: Path) -> str:
@@ -407,5 +425,5 @@ def _logits(base: Base) -> list[torch.Tensor]:
 
 def _dtype_of(folder: Path) -> torch.dtype:
     """Return the least exact dtype of a model's weights that the check knows."""
-    stored = {entry["dtype"] for file in _weight_files(folder) for entry in _header(file).values()}
+    stored = {entry["dtype"] for file in weight_files(folder, str(folder)) for entry in _header(file).values()}
     return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32

@@ -110,7 +110,7 @@ def train(
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))
         place.tell_data()
-        _write_about(run, config, origins or {}, place.device)
+        _write_about(run, config, origins or {}, place.device, place.base_weights)
         try:
             _run_engine(place.config, run)
         finally:
@@ -130,6 +130,11 @@ class _Here:
         self._table = self._workspace.partitions.table()
         base = self._workspace.base
         self.device = str(base.device)
+        self.base_weights: dict[str, Any] | None = {
+            "quantization": config.model.quantization,
+            "stored_quantized": base.stored_quantized,
+            "dequantized": base.dequantized,
+        }
         self.pinned = pin_revisions(config, base.revision, resolved_revision(config.data))
         self.sizes: list[int] = []
 
@@ -163,6 +168,7 @@ class _Elsewhere:
             commit = resolve_base(config.model, only_config=True).revision
         self.config = self.pinned = pin_revisions(config, commit, None)
         self.device = f"the nodes of {config.federation.superlink}"
+        self.base_weights: dict[str, Any] | None = None
         self.rounds_done = superlink.rounds_done
         self.sizes: list[int] = []
 
@@ -227,7 +233,13 @@ def _check_same(run: RunDirectory, config: FedTuneConfig) -> None:
         )
 
 
-def _write_about(run: RunDirectory, config: FedTuneConfig, origins: Mapping[str, str], device: str) -> None:
+def _write_about(
+    run: RunDirectory,
+    config: FedTuneConfig,
+    origins: Mapping[str, str],
+    device: str,
+    base_weights: Mapping[str, Any] | None,
+) -> None:
     before = run.read_about()
     write_json(
         run.about_file,
@@ -236,6 +248,7 @@ def _write_about(run: RunDirectory, config: FedTuneConfig, origins: Mapping[str,
             "eligible": None if (reasons := ineligible_because(config)) is None else not reasons,
             "ineligible_because": list(reasons or ()),
             "device": device,
+            "base_weights": base_weights,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in _PACKAGES},
             "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -6,6 +6,7 @@ for the config at hand.
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +16,18 @@ from fedtune.config.schema import FedTuneConfig
 from fedtune.data.files import read_file
 from fedtune.data.partition import Partitions, load_partitions
 from fedtune.data.tokenize import TokenizedRows, tokenize_rows
-from fedtune.errors import ClientError, ConfigError
+from fedtune.errors import ClientError, ConfigError, MissingError
 from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
+from fedtune.federation.row_check import RowsError, check_rows
 from fedtune.models.adapter import AdaptedModel, attach
-from fedtune.models.base import Base, load_base, load_tokenizer
+from fedtune.models.base import Base, empty_model, load_base, load_tokenizer
+from fedtune.models.limits import Limits, limits_of
 
 if TYPE_CHECKING:
     import datasets
     from flwr.app import Context
+
+log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -50,29 +55,58 @@ class Workspace:
     def rows(self, partition: int) -> TokenizedRows:
         """One client's rows, tokenised once a run."""
         if partition not in self._rows:
-            self._rows[partition] = tokenize_rows(
-                self._table(partition),
-                self.config.data,
-                load_tokenizer(self.config.model),
-                self.config.training.sequence_length,
-            )
+            table, tokenizer = self._table(partition), load_tokenizer(self.config.model)
+            rows = tokenize_rows(table, self.config.data, tokenizer, self.config.training.sequence_length)
+            check_rows(rows, table, tokenizer, self.config, self.limits, self._owner(partition))
+            self._rows[partition] = rows
         return self._rows[partition]
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What rows the base model takes; known without its weights."""
+        return limits_of(self.base.model if "base" in vars(self) else empty_model(self.config.model))
+
+    def _owner(self, partition: int) -> str:
+        return f"client {partition}"
 
     def _table(self, partition: int) -> datasets.Dataset:
         return self.partitions.rows(partition)
 
 
 class NodeWorkspace(Workspace):
-    """A data owner's: whatever number the client has, its rows are all rows of the owner's file, in the file's order."""
+    """A data owner's: whatever number the client has, its rows are all rows of the owner's file, in the file's order.
+
+    The node's own log holds why it refuses a run; what it sends holds nothing of its data or its paths.
+    """
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model, as the owner named it.
+
+        Raises:
+            ClientError: it cannot be loaded, or does not pass the checks of a loaded base.
+        """
+        try:
+            return load_base(self.config.model)
+        except (ConfigError, MissingError) as error:
+            log.warning("the base model is refused: %s", error)
+            keys = [problem.path for problem in error.problems] if isinstance(error, ConfigError) else ["model.base"]
+            raise ClientError(
+                f"This node's base model is refused ({', '.join(keys)}); its own log says why."
+            ) from error
 
     def rows(self, partition: int) -> TokenizedRows:
         """All rows of the owner's file.
 
         Raises:
-            ClientError: the run's templates name columns that the file lacks, or no row has anything to learn from.
+            ClientError: the run's templates name columns that the file lacks, no row has anything to learn from, or the base
+                model cannot take a row.
         """
         try:
             rows = super().rows(partition)
+        except RowsError as error:
+            log.warning("%s", error)
+            raise ClientError(error.public) from error
         except ConfigError as error:
             if not any(problem.path.startswith("data.") for problem in error.problems):
                 raise
@@ -80,6 +114,9 @@ class NodeWorkspace(Workspace):
         if not len(rows):
             raise ClientError("No row of this node's data has anything to learn from.")
         return rows
+
+    def _owner(self, partition: int) -> str:  # noqa: ARG002
+        return "this node's data"
 
     def _table(self, partition: int) -> datasets.Dataset:  # noqa: ARG002
         return read_file(Path(str(self.config.data.source)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
-from fedtune.errors import MissingError
+from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.hub import UnreachableError, ask_about
+from fedtune.models.stored import weight_files
 
 WEIGHTS = ["*.safetensors"]
 OTHERS = ["*.json", "*.txt", "*.jinja", "tokenizer*"]
@@ -39,6 +39,7 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
     Raises:
         MissingError: there is no such model, it may not be read, it has no safetensors, or the hub cannot be reached
             and nothing is cached (within 15 s).
+        ConfigError: code from the hub is to run, and no commit is pinned.
     """
     if config.base == BUILTIN_TINY:
         return ResolvedBase(_checked(Path(__file__).parent / "builtin" / "tiny", config.base, only_config), None)
@@ -49,7 +50,10 @@ def resolve_base(config: ModelConfig, *, only_config: bool = False) -> ResolvedB
         raise MissingError(
             f"There is no folder {config.base}.", hint="Name a folder that exists or a model on the hub: owner/name."
         )
-    if re.fullmatch(r"[0-9a-f]{40}", config.revision or "") and (cached := _cached(config, only_config)):
+    pinned = re.fullmatch(r"[0-9a-f]{40}", config.revision or "")
+    if config.trust_remote_code and not pinned:
+        raise ConfigError([Problem("model.revision", "code from the hub runs only at a commit hash of 40 hex digits")])
+    if pinned and (cached := _cached(config, only_config)):
         return cached
     try:
         commit, names = _ask_hub("base model", config.base, config.revision)
@@ -134,11 +138,8 @@ def _checked(folder: Path, base: str, only_config: bool) -> Path:
     """Return `folder` if a base model can be loaded from it."""
     names = {path.name for path in folder.glob("*")}
     _check_names(names, base, only_config)
-    index = folder / "model.safetensors.index.json"
-    if not only_config and "model.safetensors" not in names and index.exists():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if absent := sorted(shards - names):
-            raise MissingError(f"The base model {base} lacks {len(absent)} of its weight files, such as {absent[0]}.")
+    if not only_config:
+        weight_files(folder, base)
     return folder
 
 

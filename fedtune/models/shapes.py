@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 from fedtune.config.facts import Architecture
 from fedtune.config.schema import AdapterConfig, ModelConfig
-from fedtune.errors import ConfigError, Problem
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,19 +71,11 @@ def _attention_shapes(architecture: Architecture, targets: tuple[str, ...], rank
 def _meta_shapes(model: ModelConfig, adapter: AdapterConfig) -> Shapes:
     """Build model and adapter from config.json, without memory for their weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from fedtune.models.adapter import peft_model, saved_parameters
-    from fedtune.models.base import check_code, quiet
-    from fedtune.models.hub import resolve_base
+    from fedtune.models.base import empty_model, quiet
 
-    folder = resolve_base(model, only_config=True).folder
-    check_code(model, folder)
+    empty = empty_model(model)
     with quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
-        try:
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-        except ValueError as error:
-            raise ConfigError([Problem("model.base", f"{model.base} is no causal language model")]) from error
         adapted = peft_model(empty, adapter, low_cpu_mem_usage=True)
     return {key: tuple(parameter.shape) for key, parameter in saved_parameters(adapted).items()}

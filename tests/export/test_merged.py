@@ -306,3 +306,30 @@ def test_memory_stays_near_one_shard(tmp_path: Path) -> None:
     written, more = map(int, done.stdout.split())
     assert written > 500_000_000
     assert more < 150_000_000
+
+
+@pytest.mark.parametrize(
+    ("config_end", "generation_end", "wanted_config", "wanted_generation"),
+    [
+        (2, 2, [1, 2], [1, 2]),
+        (1, 1, 1, 1),
+        ([2, 1], [2], [2, 1], [1, 2]),
+        (2, None, [1, 2], 1),
+        (999_999, [3, 999_999], 1, [1, 3]),
+    ],
+)
+def test_a_merged_model_stops_at_the_end_of_text_that_it_learnt(
+    tmp_path: Path, config_end: object, generation_end: object, wanted_config: object, wanted_generation: object
+) -> None:
+    """The tokenizer's end of text, id 1 here, is what training teaches."""
+    base = small_llama(tmp_path / "base")
+    ends = {"config.json": config_end, "generation_config.json": generation_end}
+    for name, end in ends.items():
+        table = json.loads((base / name).read_text()) | {"eos_token_id": end}
+        (base / name).write_text(json.dumps(table))
+    finished = opened(tmp_path, base, adapter())
+    export_merged(finished, tmp_path / "out")
+    found = {name: json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] for name in ends}
+    assert found == {"config.json": wanted_config, "generation_config.json": wanted_generation}
+    if config_end == generation_end == 1:
+        assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()

@@ -29,6 +29,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 initializer_range=0.2,
+                eos_token_id=1,
             )
         )
     model.save_pretrained(folder)
