@@ -291,7 +291,7 @@ def _score_one(
         try:
             bench.check_base(subject)
         except FedTuneError:
-            journal.file.unlink()  # its answers may be another model's
+            journal.path.unlink()  # its answers may be another model's
             raise
     answers = [
         Answer(question.prompt, question.gold, journal.outputs[place], question.subset)

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 class Journal:
     """Answers that are on disk; `open_journal` makes one."""
 
-    file: Path
+    path: Path
     head: Mapping[str, Any]
     """What is being answered, with what."""
     answer_path: str | None = None
@@ -56,18 +56,18 @@ class Journal:
         if self.answer_path == answer_path:
             return
         if self.answer_path is not None or self.outputs:
-            aside = _set_aside(self.file, "other-path")
+            aside = _set_aside(self.path, "other-path")
             _log.warning(
                 "The %d answers in %s were computed on another path (%s, now: %s). They are kept in %s and all questions "
                 "are answered again.",
                 len(self.outputs),
-                self.file,
+                self.path,
                 self.answer_path,
                 answer_path,
                 aside.name,
             )
             self.outputs, self.gaps, self.seconds, self.prompt_tokens = {}, {}, 0.0, 0
-            _begin(self.file, self.head)
+            _begin(self.path, self.head)
         self.answer_path, self.reason, self.findings = answer_path, reason, tuple(findings)
         self._append([{"answer_path": answer_path, "reason": reason, "findings": list(findings)}])
 
@@ -90,10 +90,10 @@ class Journal:
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(_line(line) for line in lines)
         try:
-            with self.file.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise cannot_write(self.file.parent, error) from error
+            raise cannot_write(self.path.parent, error) from error
 
 
 def open_journal(folder: Path, name: str, subject: Mapping[str, Any]) -> Journal:
@@ -118,7 +118,7 @@ def open_journal(folder: Path, name: str, subject: Mapping[str, Any]) -> Journal
 
 def _read(journal: Journal) -> None:
     """Read the journal's file into it, or begin the file."""
-    file = journal.file
+    file = journal.path
     if not file.exists():
         _begin(file, journal.head)
         return
