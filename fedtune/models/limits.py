@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def _table_of_positions(model: Any, declared: int) -> int | None:
     return None
 
 
-def first_excess(rows: Iterable[Sequence[int]], limits: Limits) -> Excess | None:
+def first_excess(rows: Iterable[Sequence[int] | npt.NDArray[np.int32]], limits: Limits) -> Excess | None:
     """Return the first row that holds a token without an embedding, or more tokens than fixed positions; None without one."""
     for place, ids in enumerate(rows):
         tokens = np.asarray(ids)
