@@ -226,7 +226,7 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
     ids = probe_tokens(model, tokenizer).to(model.get_input_embeddings().weight.device)
     half = PROBE_TOKENS // 2
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _arithmetic(ids.device, dtype):
             logits = model(input_ids=ids, use_cache=False).logits.float()  # (3, tokens, vocabulary)
     except torch.OutOfMemoryError:
         raise
@@ -249,7 +249,7 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
     if share == 0:
         return
     exact = dtype == torch.float32 and config.quantization != "int8"
-    gradient = _later_gradient(model, ids[:1], half)
+    gradient = _later_gradient(model, ids[:1], half, dtype)
     if gradient is None:
         causal = share <= (_EXACT if exact else _ROUNDED)
     else:
@@ -262,7 +262,7 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
         raise ConfigError([Problem("model.base", problem)])
 
 
-def _later_gradient(model: Any, ids: torch.Tensor, half: int) -> float | None:
+def _later_gradient(model: Any, ids: torch.Tensor, half: int, dtype: torch.dtype) -> float | None:
     """Return how much an earlier logit depends on later tokens, relative to earlier ones; None where no gradient passes."""
     outputs: list[torch.Tensor] = []
 
@@ -272,7 +272,7 @@ def _later_gradient(model: Any, ids: torch.Tensor, half: int) -> float | None:
 
     handle = model.get_input_embeddings().register_forward_hook(track)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _arithmetic(ids.device, dtype):
             logits = model(input_ids=ids, use_cache=False).logits[0, half - 1].float()  # (vocabulary,)
             weights = torch.linspace(-1, 1, len(logits), device=logits.device)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), outputs[:1])
@@ -287,6 +287,11 @@ def _later_gradient(model: Any, ids: torch.Tensor, half: int) -> float | None:
     if not bool(sizes.isfinite().all()) or not bool(sizes[:half].max() > 0):
         return None
     return float(sizes[half:].max() / sizes[:half].max())
+
+
+def _arithmetic(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which training and evaluation compute."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def check_agreement(model: Any, tokenizer: Any, base: str) -> None:
