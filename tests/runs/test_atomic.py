@@ -128,6 +128,23 @@ def test_one_at_a_time_in_a_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """A run commits thousands of times."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system does not tell which files are open")
+
+    def count() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = count()
+    for _ in range(3):
+        write_text(tmp_path / "x", "y")
+        write_folder(tmp_path / "state", lambda folder: (folder / "a").write_text("b") and None)
+        with alone_in(tmp_path):
+            pass
+    assert count() == before
+
+
 def test_leftovers_are_files_and_folders_and_nothing_else_is_touched(tmp_path: Path) -> None:
     (tmp_path / ".x.1.tmp").write_text("left")
     (tmp_path / ".y.2.tmp").mkdir()
