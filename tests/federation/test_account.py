@@ -514,8 +514,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(own: NodeSettings, monk
 
     read_file = workspace.read_file
 
-    def replaced(path: Path) -> object:
-        table = read_file(path)
+    def replaced(path: Path, *columns: object) -> object:
+        table = read_file(path, *columns)  # type: ignore[arg-type]
         path.write_bytes(path.read_bytes() + b"\n")
         return table
 
