@@ -144,7 +144,7 @@ def test_buffers_of_older_files_are_no_finding(llama_folder: Path, tmp_path: Pat
     caplog.clear()
     for each in (folder, gpt2):
         load(each)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("fedtune")]
     # A file without the prefix of the whole model, as GPT-2's own is.
     edit_weights(gpt2, lambda tensors: {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()})
     load(gpt2)
