@@ -70,7 +70,7 @@ RATE = 1e-2
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Rows]:
-    yield from printed(request, ("family", "targets", *CELLS))
+    yield from printed(request, ("family", "targets", *CELLS, "what went wrong"))
 
 
 class RefusedError(Exception):
@@ -260,7 +260,8 @@ def test_a_family_gives_what_plain_transformers_and_peft_give(
             cells[cell] = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if cell == "trained" and not cells[cell].startswith("ok") and family.adapter == tmp_path:
             break  # there is no adapter to go on with
-    table.append((name, targets, *(cells.get(cell, "-")[:160] for cell in CELLS)))
+    short = [cells.get(cell, "-").partition(":")[0] for cell in CELLS]
+    table.append((name, targets, *short, " | ".join(t for t in cells.values() if not t.startswith("ok"))[:400]))
     del family
     gc.collect()
     failed = {cell: text for cell, text in cells.items() if text.startswith("FAILED")}
