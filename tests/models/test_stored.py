@@ -292,4 +292,4 @@ def test_any_full_precision_loads(folder: Path, dtype: torch.dtype, ids: torch.T
         base = load(folder)
     assert base.model.dtype == torch.float32
     torch.testing.assert_close(base.model(ids).logits, wanted, rtol=0, atol=0.1 * float(wanted.abs().max()))
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("fedtune")]
