@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from fedtune.errors import MissingError
-from fedtune.models.base import Base
+from fedtune.models.base import Base, is_out_of_memory
 from fedtune.models.check import ends_of_text
 
 Tokens = tuple[int, ...]
@@ -225,14 +225,6 @@ def answer(
                 continue
             waiting = waiting[len(batch) :]
             yield replies
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that memory ran out, on the GPU or, where torch has no class for it, on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))
-    )
 
 
 def no_room(length: int) -> MissingError:

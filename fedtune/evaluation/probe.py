@@ -23,13 +23,12 @@ from fedtune.evaluation.answer import (
     Request,
     UnsupportedPathError,
     answer,
-    is_out_of_memory,
     no_room,
     pad_token_of,
     smallest_window,
 )
 from fedtune.evaluation.official import answer_one_by_one
-from fedtune.models.base import Base
+from fedtune.models.base import Base, is_out_of_memory
 from fedtune.models.limits import limits_of
 
 ONE_BY_ONE = "one-by-one generation"

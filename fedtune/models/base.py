@@ -228,6 +228,22 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.compute_dtype]
 
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+)
+"""What torch's allocators and CUDA's libraries say in a plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the machine had no memory left, and nothing about the model."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Return the bytes that can still be taken on `device`: of the GPU, or of the machine's memory."""
     if device.type == "cuda":

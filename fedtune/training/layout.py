@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fedtune.errors import ClientError
-from fedtune.training.memory import is_out_of_memory
+from fedtune.models.base import is_out_of_memory
 from fedtune.training.packing import (
     Batch,
     OwnAttentionTermsError,
@@ -117,7 +117,7 @@ def choose_layout(model: Any, parameters: Sequence[torch.Tensor], longest: int) 
     Raises:
         ClientError: no parameter receives a gradient.
         torch.OutOfMemoryError: the device's memory does not hold such a row. Other kinds of running out of memory pass as
-            they are (`memory.is_out_of_memory`).
+            they are (`is_out_of_memory`).
     """
     limits = [limit for limit in row_limits(model) if longest > limit.tokens]
     probe = _Probe(model, parameters, longest)

@@ -21,6 +21,7 @@ import torch
 from fedtune.config.schema import Switch, TrainingConfig
 from fedtune.errors import ClientError
 from fedtune.models.adapter import AdaptedModel
+from fedtune.models.base import is_out_of_memory
 from fedtune.training import memory
 from fedtune.training.layout import Layout, LayoutKind, choose_layout, row_limits
 from fedtune.training.packing import Batch, pack, packed_attention, packed_logits, padded_logits, summed_loss
@@ -229,7 +230,7 @@ class _Gradients:
                 with self.autocast:
                     return choose_layout(self.inner, self.parameters, tried)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             # Out here the failed pass's tensors are no longer held by the exception.
             torch.cuda.empty_cache()
@@ -248,7 +249,7 @@ class _Gradients:
             try:
                 return self._attempt(ids, prompts, responses)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 lengths = [len(row) for row in ids]
                 if not self.limits.retreat(lengths, may_checkpoint=self.may_checkpoint):

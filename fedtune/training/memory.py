@@ -44,23 +44,8 @@ class Limits:
 known: WeakKeyDictionary[Any, Limits] = WeakKeyDictionary()
 """Limits of each model that was trained in this process."""
 
-
 SHORTEST_TOKENS = 8
 """Where memory holds no rows of so many tokens, nothing can be trained."""
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-)
-"""What torch's allocators and CUDA's libraries say in a plain RuntimeError."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the machine had no memory left, and nothing about the model."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def suggests_checkpointing(model: Any, device: torch.device) -> bool:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from support.families import FAMILIES, build
 from transformers import AutoModelForCausalLM
 
+from fedtune.models.base import is_out_of_memory
 from fedtune.training import memory
-from fedtune.training.memory import WORTHWHILE_TOKENS, Limits, cut, is_out_of_memory
+from fedtune.training.memory import WORTHWHILE_TOKENS, Limits, cut
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
