@@ -110,8 +110,7 @@ def settings(base: Path, data: Path, targets: str) -> list[str]:
     ]
 
 
-def write_rows(path: Path) -> Path:
-    """Write 12 rows of different lengths, some longer than a window of 16 tokens."""
+def sentence(generator: np.random.Generator, most: int) -> str:
     words = [
         "red",
         "green",
@@ -128,19 +127,28 @@ def write_rows(path: Path) -> Path:
         "a",
         "dog",
         "and",
+        "is",
+        "here",
+        "in",
         "a",
         "house",
     ]
+    return " ".join(generator.choice(words, int(generator.integers(1, most))))
+
+
+def write_rows(path: Path) -> Path:
+    """Write 12 rows of different lengths, some longer than a window of 16 tokens."""
     generator = np.random.default_rng(0)
-    rows = [
-        {
-            "question": " ".join(generator.choice(words, int(generator.integers(1, 30)))) + "?",
-            "answer": " ".join(generator.choice(words, int(generator.integers(1, 12)))),
-        }
-        for _ in range(12)
-    ]
+    rows = [{"question": sentence(generator, 30) + "?", "answer": sentence(generator, 12)} for _ in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_questions(path: Path) -> None:
+    """Write questions of different lengths, in the form of the Financial PhraseBank; all are longer than the windows."""
+    generator = np.random.default_rng(1)
+    rows = [{"sentence": sentence(generator, 30) + " .", "label": i % 3} for i in range(QUESTIONS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plain_model(base: Path) -> Any:
@@ -219,7 +227,17 @@ class Family:
         return "ok"
 
     def evaluated(self) -> str:
-        words = ["--bench", "tiny", "--peft", str(self.adapter), "--limit", str(QUESTIONS), "--verify", str(QUESTIONS)]
+        write_questions(self.folder / "fpb.jsonl")
+        words = [
+            "--bench",
+            "fpb",
+            "--data-dir",
+            str(self.folder),
+            "--peft",
+            str(self.adapter),
+            "--verify",
+            str(QUESTIONS),
+        ]
         out = fedtune("eval", *words, "--out", str(self.folder / "results"), "--json", cwd=self.folder)
         [result] = json.loads(out)["results"]
         agreement = result["verified"]
