@@ -30,7 +30,7 @@ from fedtune.evaluation.official import (
     answer_part,
     new_tokens,
 )
-from fedtune.evaluation.probe import ONE_BY_ONE, Choice, choose_path, no_numbers, warnings_about
+from fedtune.evaluation.probe import ONE_BY_ONE, Choice, check_repeatable, choose_path, no_numbers, warnings_about
 from fedtune.evaluation.question_check import check_questions
 from fedtune.evaluation.results import FILE, FORMAT, add_results, cannot_write, prepare_folder, without_nan
 from fedtune.evaluation.scoring import Answer, Score, score
@@ -388,8 +388,10 @@ def _replies(
     choice: Choice | None = None
     findings = warnings_about(base, everything)
     if finance:
+        check_repeatable(base, everything)
         journal.choose(f"batches of {FINANCE_BATCH_SIZE} padded on the left", "the official mode", findings)
     elif settings.mode == "official":
+        check_repeatable(base, everything)
         journal.choose(ONE_BY_ONE, "the official mode", findings)
     else:
         choice = choose_path(base, everything, budget)

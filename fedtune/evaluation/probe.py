@@ -92,6 +92,7 @@ def choose_path(base: Base, requests: Sequence[Request], budget: Budget) -> Choi
     plain = _plainly(base, samples)
     if any(reply.logits is not None and bool(reply.logits.isnan().any()) for reply in plain):
         raise no_numbers()
+    _check_repeatable(base, samples[-1], plain[-1])
     reasons: dict[str, list[str]] = {}
     for path in PATHS:
         if path.padding == "none":
@@ -115,6 +116,27 @@ def _plainly(base: Base, samples: Sequence[Request]) -> list[Reply]:
         raise UsageError(
             f"The base model cannot generate with transformers ({_said(error)}).", hint="Choose another base model."
         ) from error
+
+
+def check_repeatable(base: Base, requests: Sequence[Request]) -> None:
+    """Refuse a model whose answers are drawn at random, tried on the longest request.
+
+    Raises:
+        UsageError: asked twice, it computes other logits, or it cannot generate at all.
+        MissingError: the device's memory does not hold the request.
+    """
+    longest = max(requests, key=lambda request: len(request.tokens))
+    sample = replace(longest, new_tokens=min(longest.new_tokens, MOST_STEPS))
+    _check_repeatable(base, sample, _plainly(base, [sample])[0])
+
+
+def _check_repeatable(base: Base, sample: Request, plain: Reply) -> None:
+    if _compare(_plainly(base, [sample])[0], plain, tolerance_of(base)):
+        raise UsageError(
+            f"The {base.model.config.model_type} model computes other logits each time for the same prompt, so its answers "
+            "cannot be compared with anything.",
+            hint="Choose another base model.",
+        )
 
 
 def _listed(reasons: Mapping[str, Sequence[str]]) -> list[str]:

@@ -380,7 +380,10 @@ def _merged_from(stored: _Stored, merge: Merge, parts: _Parts) -> torch.Tensor:
         elif (part := merge.parts.get(stored.name)) is not None:
             merged = (parts.update(stored.name, part) + merged).to(tensor.dtype)
     except RuntimeError as error:
-        raise AdapterError(f"The adapter does not fit {stored.name} {tuple(tensor.shape)}: {error}") from None
+        raise AdapterError(
+            f"The adapter does not fit {stored.name} {tuple(tensor.shape)} as the base's files hold it: {error}.",
+            hint="Use --to folder: PEFT puts the adapter on the model when it is loaded.",
+        ) from None
     if merged is tensor:
         # Two names of one storage cannot go into one file.
         return tensor.clone() if stored.name != stored.source else tensor

@@ -30,6 +30,7 @@ from fedtune.runs.directory import RUNS, RunDirectory, create_run, expanded
 from fedtune.runs.inputs import Inputs, fingerprints, read_inputs, write_inputs
 from fedtune.runs.log import RunLog, run_log
 from fedtune.runs.report import write_report
+from fedtune.training.local import check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,7 @@ class _Here:
         self._workspace.inputs = inputs
         self._table = self._workspace.partitions.table()
         base = self._workspace.base
+        check_trainable(self._workspace.adapted)
         self.device = str(base.device)
         self.base_weights: dict[str, Any] | None = {
             "quantization": config.model.quantization,

@@ -228,8 +228,11 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
     try:
         with torch.inference_mode(), _arithmetic(ids.device, dtype):
             logits = model(input_ids=ids, use_cache=False).logits.float()  # (3, tokens, vocabulary)
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        raise MissingError(
+            f"The device's memory holds {base}, and not {ids.numel()} tokens of text beside it.",
+            hint="Free memory, or hold the base smaller: --set model.quantization=nf4",
+        ) from error
     except Exception as error:
         quantized = config.quantization != "none"
         raise MissingError(

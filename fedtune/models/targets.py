@@ -237,6 +237,8 @@ def _default_targets(model: Any, linear: list[str]) -> list[str]:
     """Return the attention projections that a model has, where PEFT knows no default for its architecture."""
     text = model.config.get_text_config()
     known = PEFT_DEFAULTS.get(text.model_type)
+    # Subclasses, such as routers and grouped projections, compute otherwise than LoRA expects.
+    linear = [name for name in linear if type(model.get_submodule(name)) in (torch.nn.Linear, Conv1D)]
     inside = [name for name in linear if not _TOWER.search(name)]
     if isinstance(known, list) and set(known) <= {name.rpartition(".")[2] for name in inside}:
         return sorted(known)

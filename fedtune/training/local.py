@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 
 from fedtune.config.schema import Switch, TrainingConfig
-from fedtune.errors import ClientError
+from fedtune.errors import ClientError, ConfigError, Problem
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.base import is_out_of_memory
+from fedtune.models.check import first_line
 from fedtune.training import memory
 from fedtune.training.layout import Layout, LayoutKind, choose_layout, row_limits
 from fedtune.training.packing import Batch, pack, packed_attention, packed_logits, padded_logits, summed_loss
@@ -166,6 +167,38 @@ def train_locally(
         learning_rate=learning_rate,
         layout=max(layouts, key=lambda layout: _SLOWNESS.index(layout.kind)),
     )
+
+
+def check_trainable(adapted: AdaptedModel) -> None:
+    """Run one short row forward and backward: what cannot be trained is refused before it costs anything.
+
+    Raises:
+        ConfigError: the model, with this adapter, fails in training mode, or no tensor of the adapter receives a gradient.
+    """
+    inner, device = adapted.base.model, adapted.base.device
+    vocabulary = inner.get_input_embeddings().weight.shape[0]
+    batch = pack([np.arange(vocabulary // 4, vocabulary // 4 + _TRIED_TOKENS, dtype=np.int32)], [1], device)
+    bf16 = adapted.base.compute_dtype == torch.bfloat16
+    with _training(adapted, (0,)):
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = summed_loss(padded_logits(adapted.model, batch), batch)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            reached = any(parameter.grad is not None for parameter in adapted.parameters())
+        except Exception as error:  # a model's code raises whatever it likes
+            if is_out_of_memory(error):
+                return  # training takes less memory where it runs out
+            problem = f"{type(inner).__name__} fails with this adapter ({type(error).__name__}: {first_line(error)})"
+            raise ConfigError(
+                [Problem("adapter.targets", f"{problem}; name other modules or choose another base")]
+            ) from error
+    if not reached:
+        problem = f"no tensor of the adapter receives a gradient in {type(inner).__name__}; name other modules"
+        raise ConfigError([Problem("adapter.targets", problem)])
+
+
+_TRIED_TOKENS = 8
 
 
 def make_optimizer(

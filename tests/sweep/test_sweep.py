@@ -46,8 +46,14 @@ pytestmark = [
 ]
 
 CELLS = ("trained", "read back", "evaluated", "merged")
-REFUSED: dict[str, str] = dict.fromkeys(NOT_CAUSAL, "trained")
-"""Families that a command must refuse, and the first cell that it refuses; nothing follows it."""
+REFUSED: dict[tuple[str, str], str] = {
+    **{(name, "default"): "trained" for name in NOT_CAUSAL},
+    ("reformer", "default"): "trained",  # its reversible layers pass no gradient to an adapter
+    ("mamba", "all-linear"): "trained",  # PEFT refuses out_proj, past which its kernels go
+    ("phimoe", "all-linear"): "trained",  # its router returns a tuple, which LoRA cannot wrap
+    ("hrm_text", "default"): "merged",  # its files hold fused projections that the merge does not take apart
+}
+"""Families and targets that a command must refuse, and the cell that it refuses."""
 ALL_LINEAR = (
     "bloom",
     "gemma3_vlm",
@@ -172,7 +178,8 @@ def train_plainly(base: Path, lora: LoraConfig, config: FedTuneConfig, rows: Tok
         count = sum(len(rows.input_ids[i]) - int(rows.prompt_lengths[i]) for i in step)
         for i in step:
             ids, first = torch.tensor(rows.input_ids[i]).long()[None], int(rows.prompt_lengths[i])
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, first - 1 : -1]
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+            logits = model(**inputs).logits[0, first - 1 : -1]
             (torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum") / count).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
@@ -285,4 +292,4 @@ def test_a_family_gives_what_plain_transformers_and_peft_give(
     failed = {cell: text for cell, text in cells.items() if text.startswith("FAILED")}
     assert not failed, failed
     refused = [cell for cell, text in cells.items() if text.startswith("refused")]
-    assert refused == ([REFUSED[name]] if name in REFUSED else []), cells
+    assert refused == ([REFUSED[name, targets]] if (name, targets) in REFUSED else []), cells
