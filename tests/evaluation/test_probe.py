@@ -254,4 +254,4 @@ def test_the_probe_asks_few_prompts(base: Base, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(probe, "answer_one_by_one", counting)
     choose_path(base, requests(base, 40) * 20, Budget(2048))
-    assert sum(counted) <= 4
+    assert sum(counted) <= 5  # the longest twice: a model that answers at random is refused
