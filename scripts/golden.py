@@ -1,4 +1,4 @@
-"""Records what fedtune does into one JSON file and compares two such files: a refactoring must change nothing of it.
+"""Records what fedtune does in one JSON file and compares two such files, to show that a refactoring changes no result.
 
     python scripts/golden.py record before.json             # a few minutes on one core
     python scripts/golden.py record now.json --quick        # every strategy, and a little of the rest
@@ -6,13 +6,17 @@
     python scripts/golden.py compare before.json after.json           # exit code 1 and a list where they differ
     python scripts/golden.py compare before.json now.json --common    # only the cases that both files have
 
-Everything is recorded through the command line: exit codes, JSON output, and the files that the commands leave. Strategies,
-codecs, wire dtypes, challenges and the like are read from the config's schema, so new ones become cases by themselves. The
-commands run one after another in one process, which pays for the imports once; the case `own process` holds that against a
-command of its own. A sha256 holds for one machine and one set of library versions: record both files on the same ones.
+The script uses the command line only, so that it survives moved modules: it records exit codes, JSON output, and the files that
+the commands write. It reads strategies, codecs, wire dtypes and other choices from the config's schema, so a new one becomes a
+case without a change here. The commands run one after another in one process, which imports the libraries once; the case
+`own process` checks that a command in a process of its own gives the same result.
 
-What legitimately differs between two recordings is normalised, each time with its reason: see `TIMES`, `PROSE` and
-`Recorder`. Texts are recorded apart: `compare` reports changes in them and does not fail.
+A sha256 is valid for one machine and one set of library versions: make both recordings on the same machine, with the same
+versions. `compare` says so where the versions differ.
+
+The script removes what differs between any two recordings: times, paths, fedtune's version, the names of run directories. The
+reasons stand at `TIMES`, `PROSE`, `RESIZED` and in `Recorder`. It records texts separately: `compare` reports that they have
+changed and does not fail.
 """
 
 from __future__ import annotations
@@ -176,7 +180,7 @@ def training_cases(choices: Mapping[str, Sequence[str]]) -> Iterator[Case]:
     }.items():
         yield Case(f"training {name}", ((*SMALL, *sets(*TINY, *settings)),))
 
-    # The cap stops the run after a round; resumed under a higher one it must end with the adapters of a run never stopped.
+    # The cap stops the run after a round. Resumed with a higher cap, it must give the adapters of an uninterrupted run.
     for name in ("fedavg", "scaffold", "fedex-lora", "fedadam"):
         resumed = sets(f"strategy.name={name}", "federation.fraction=0.5", "communication.codec=int4")
         capped = sets(
@@ -457,7 +461,7 @@ SAME_ADAPTERS = {
     "engine ray": "engine in-process",
     "engine superlink": "engine in-process, three files",
 }
-"""Cases that must end with another case's adapters, bit for bit."""
+"""Pairs of cases that must give the same adapters, bit for bit."""
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
@@ -567,7 +571,7 @@ def entry_code(tree: Path) -> str:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Return an environment that depends on nothing of this user's: settings, logins, caches."""
+    """Return an environment without the user's settings, logins and caches."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "FLWR_", "FEDTUNE_", "RAY_"))
     }
@@ -580,7 +584,7 @@ def environment(work: Path) -> dict[str, str]:
         "PYTHONPATH": str(TREE),
         "HOME": str(home),
         "HF_HOME": str(home / "hub"),
-        # Nobody listens there: what would ask the hub fails at once, the same way on every machine.
+        # No server listens there: a request to the hub fails at once, in the same way on every machine.
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -598,6 +602,7 @@ class Driver:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, **question: Any) -> Any:
+        """Send one question to the process and return its answer; start the process if it does not run."""
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, str(Path(__file__).resolve()), "drive", str(TREE)]
             with (self._work / "driver.log").open("a") as log:
@@ -731,7 +736,11 @@ class Recorder:
             self.texts[f"{where}: stderr"] = self.clean(said)
         record: Record = {"exit": done.exit}
         if "--json" in words and done.stdout:
-            record["output"] = self.plain(json.loads(done.stdout), f"{where}: output")
+            try:
+                output = json.loads(done.stdout)
+            except ValueError:
+                output = {"not JSON": done.stdout}
+            record["output"] = self.plain(output, f"{where}: output")
         elif "--dry-run" in words and words[0] == "train" and done.stdout:
             # The plan below the config is in comments.
             record["output"] = self.plain(tomllib.loads(done.stdout), f"{where}: output")
@@ -757,16 +766,16 @@ class Recorder:
         match path.suffix:
             case ".safetensors":
                 return None if self.noisy else tensors_record(data)
-            case ".key" | ".log" | ".html" if self.noisy or path.suffix != ".html":
-                return None  # a random secret; texts and times; curves of losses that follow from the noise
+            case ".key" | ".log":
+                return None  # a random secret; texts with times
             case ".html":
-                return self.page(data.decode())
+                return None if self.noisy else self.page(data.decode())  # its curves follow from the noise
             case ".md":
                 text = self.clean(data.decode())
                 self.texts[name] = text
                 return {"numbers": numbers(text)}
             case ".py":
-                # The apps of a submission import the product's modules by name, and those move: only that it compiles.
+                # A submission's apps import fedtune's modules, which a refactoring moves: record only that they compile.
                 ast.parse(data)
                 self.texts[name] = data.decode()
                 return {"compiles": True}
@@ -775,19 +784,19 @@ class Recorder:
             case ".toml":
                 return self.plain(tomllib.loads(data.decode()), name)
             case ".json" if path.name == "manifest.json":
-                # Some of the files named hold times, so their hashes differ: each must be that of the file that is there.
+                # Files with times have another hash in every recording: it must be the hash of the file in this folder.
                 return {
-                    each: hashlib.sha256((path.parent / each).read_bytes()).hexdigest() == digest
+                    each: (path.parent / each).is_file() and sha256((path.parent / each).read_bytes()) == digest
                     for each, digest in json.loads(data).items()
                 }
             case ".json":
                 value = json.loads(data)
                 plain = self.plain(value, name)
-                # Where nothing was normalised the bytes must stay too, not only what they mean.
+                # Where nothing was removed, the layout of the file must stay as well.
                 return {"json": plain, "sha256": sha256(data)} if plain == value else {"json": plain}
             case ".jsonl":
                 lines = [self.plain(json.loads(line), name) for line in data.decode().splitlines()]
-                # What is left of a journal's times, batch by batch: how many tokens a batch had is the scheduling's business.
+                # A journal's lines of times, one per batch, whose size depends on the free memory.
                 lines = [line for line in lines if not (isinstance(line, dict) and set(line) == {"prompt_tokens"})]
                 if len(lines) <= 200:
                     return lines
@@ -818,7 +827,7 @@ class Recorder:
             if key in PROSE and (isinstance(each, str) or is_texts(each)):
                 text = self.clean("\n".join([each] if isinstance(each, str) else each))
                 self.texts[f"{where}.{key}"] = text
-                kept[key] = {"numbers": numbers(text)}
+                kept[key] = {"numbers": numbers(text), "texts": 1 if isinstance(each, str) else len(each)}
             elif key == "versions" and isinstance(each, dict):
                 kept[key] = {name: number for name, number in each.items() if name != "fedtune"}  # a release changes it
             elif key == "dependencies" and is_texts(each):
@@ -880,6 +889,8 @@ def record(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="golden-") as place:
         work = Path(place).resolve()
         write_inputs(work / "inputs")
+        if options.engines:
+            record_engines(work, result)
         driver = Driver(work)
         told = driver.ask(schema=True)
         cases = cases_of(choices_in(told["schema"]), told["presets"])
@@ -892,8 +903,6 @@ def record(options: argparse.Namespace) -> int:
             shutil.rmtree(work / re.sub(r"\W+", "-", case.name))
             print(f"{number}/{len(chosen)} {case.name} · {time.monotonic() - start:.1f} s", flush=True)
         driver.close()
-        if options.engines:
-            record_engines(work, result)
     problems = broken_promises(result["cases"])
     options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     count = len(result["cases"]) + len(result["mistakes"])
@@ -934,11 +943,13 @@ def adapters_in(case: Record) -> dict[str, str]:
 
 def broken_promises(cases: Record) -> list[str]:
     """Return which cases did not end with the adapters of the case that they must agree with."""
-    return [
-        f"{name}: its adapters are not those of {other}"
-        for name, other in SAME_ADAPTERS.items()
-        if name in cases and other in cases and adapters_in(cases[name]) != adapters_in(cases[other])
-    ]
+    found = []
+    for name, other in SAME_ADAPTERS.items():
+        if name in cases and other in cases:
+            ours, theirs = adapters_in(cases[name]), adapters_in(cases[other])
+            if not ours or ours != theirs:
+                found.append(f"{name}: its adapters are not those of {other}")
+    return found
 
 
 # --- Engines ---------------------------------------------------------------------------------------------------------
@@ -1021,11 +1032,11 @@ def superlink(work: Path, files: Path) -> Iterator[str]:
 
 # --- Comparing -------------------------------------------------------------------------------------------------------
 
-Path_ = tuple[str, ...]
+Keys = tuple[str, ...]
 MISSING = object()
 
 
-def leaves(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+def leaves(value: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """Yield every value of a record that holds no other, with its path; of an empty object or list the object itself."""
     if isinstance(value, dict) and value:
         for key, each in value.items():
@@ -1037,7 +1048,7 @@ def leaves(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
         yield path, value
 
 
-def differences(before: Any, after: Any) -> list[tuple[Path_, Any, Any]]:
+def differences(before: Any, after: Any) -> list[tuple[Keys, Any, Any]]:
     """Return the paths at which two records differ, with both values; MISSING where one of them has none."""
     old, new = dict(leaves(before)), dict(leaves(after))
     found = [(path, old.get(path, MISSING), new.get(path, MISSING)) for path in dict.fromkeys((*old, *new))]
@@ -1056,7 +1067,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 90 else f"{text[:87]}…"
 
 
-def place_of(path: Path_) -> str:
+def place_of(path: Keys) -> str:
     """Return where a value stands, in words: file or command, then the keys inside it."""
     if path[:1] == ("commands",):
         path = (f"fedtune {path[1]}", *path[2:])
@@ -1113,11 +1124,11 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def is_excepted(case: str, path: Path_, patterns: Sequence[str]) -> bool:
+def is_excepted(case: str, path: Keys, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(f"{case}: {place_of(path)}", pattern) for pattern in patterns)
 
 
-def show(name: str, found: Sequence[tuple[Path_, Any, Any]], all_of_them: bool) -> None:
+def show(name: str, found: Sequence[tuple[Keys, Any, Any]], all_of_them: bool) -> None:
     limit = len(found) if all_of_them else 10
     for path, old, new in found[:limit]:
         print(f"{name}: {place_of(path)}: {shown(old)} → {shown(new)}")
