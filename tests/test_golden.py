@@ -168,6 +168,10 @@ def test_files_are_recorded_without_what_differs_each_time(golden: ModuleType, t
     # One bit of one value.
     other = golden.tensors_record(weights[:-1] + b"\xbf")
     assert {key for key in tensors if tensors[key] != other[key]} == {"sha256", "values"}
+    # The secret of a private client is another in every recording.
+    secret = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"noise_key":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}'
+    kept = [golden.tensors_record(len(secret).to_bytes(8, "little") + secret + each) for each in (b"ax", b"ay", b"bx")]
+    assert kept[0] == kept[1] != kept[2]
     # Where noise is in the adapter, what follows from it is left out.
     noisy = golden.Recorder(folder, noisy=True)
     assert noisy.file(folder / at / "peft_1" / "adapter_model.safetensors", "") is None
