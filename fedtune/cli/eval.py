@@ -239,7 +239,8 @@ def _say_more(row: BenchResult) -> None:
     if row.agreement is not None:
         gaps = ", ".join(f"{gap:.2g}" for gap in row.agreement.smallest_gaps)
         note(
-            f"{row.subject} on {row.bench}: {row.agreement.equal} of {row.agreement.asked} answers are the same one by one; "
+            f"{row.subject} on {row.bench}: {row.agreement.equal} of {row.agreement.asked} answers are the same one by one"
+            f"{f', {row.agreement.ties} differ where rounding decides between two tokens' if row.agreement.ties else ''}; "
             f"smallest gaps of the two best logits: {gaps}"
         )
 

@@ -30,7 +30,15 @@ from fedtune.evaluation.official import (
     answer_part,
     new_tokens,
 )
-from fedtune.evaluation.probe import ONE_BY_ONE, Choice, check_repeatable, choose_path, no_numbers, warnings_about
+from fedtune.evaluation.probe import (
+    ONE_BY_ONE,
+    Choice,
+    check_repeatable,
+    choose_path,
+    is_tie,
+    no_numbers,
+    warnings_about,
+)
 from fedtune.evaluation.question_check import check_questions
 from fedtune.evaluation.results import FILE, FORMAT, add_results, cannot_write, prepare_folder, without_nan
 from fedtune.evaluation.scoring import Answer, Score, score
@@ -107,6 +115,13 @@ class Agreement:
     equal: int
     smallest_gaps: tuple[float, ...]
     """The five smallest gaps between the two best logits of a first token."""
+    ties: int = 0
+    """Answers that differ from a token on at which the two best logits are equal but for rounding."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether every answer is the same, but for ties."""
+        return self.equal + self.ties == self.asked
 
 
 @dataclass(frozen=True)
@@ -304,10 +319,11 @@ def _score_one(
         raise cannot_write(settings.out, error) from error
     agreement = _verify(bench, settings, subject, questions, journal) if settings.verify else None
     findings = [*(finding.text for finding in questions.findings), *journal.findings]
-    agreed = agreement is None or agreement.equal == agreement.asked
+    agreed = agreement is None or agreement.holds
     if agreement is not None and not agreed:
+        others = agreement.asked - agreement.equal - agreement.ties
         findings.append(
-            f"{agreement.asked - agreement.equal} of {agreement.asked} verified answers differ from one-by-one generation on "
+            f"{others} of {agreement.asked} verified answers differ from one-by-one generation on "
             "the same weights, so that the accuracy is not comparable; --mode official answers one by one"
         )
     return BenchResult(
@@ -473,13 +489,17 @@ def _verify(
     prompts = [list(last)[round(number * (len(last) - 1) / max(1, count - 1))] for number in range(count)]
     tokens = tokenize(base, [benchmark.wrap(prompt) for prompt in prompts])
     requests = _requests(base, settings, questions, dict(zip(prompts, tokens, strict=True)))
-    plain = [reply for replies in answer_one_by_one(base, requests, pad_token_of(base)) for reply in replies]
-    equal = sum(
-        _output(benchmark, reply.text) == journal.outputs[last[prompt]]
-        for reply, prompt in zip(plain, prompts, strict=True)
-    )
+    equal = ties = 0
+    for (plain,), prompt in zip(
+        answer_one_by_one(base, requests, pad_token_of(base), keep_logits=True), prompts, strict=True
+    ):
+        output = journal.outputs[last[prompt]]
+        if _output(benchmark, plain.text) == output:
+            equal += 1
+        else:
+            ties += is_tie(base, plain, lambda text, output=output: output.startswith(_output(benchmark, text)))  # type: ignore[misc]
     gaps = sorted(gap for gap in journal.gaps.values() if gap is not None)
-    return Agreement(count, equal, tuple(gaps[:5]))
+    return Agreement(count, equal, tuple(gaps[:5]), ties)
 
 
 def _with_base(results: Sequence[BenchResult]) -> list[BenchResult]:

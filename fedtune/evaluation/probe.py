@@ -7,7 +7,7 @@ attached, answers a few of the benchmark's own prompts on each path in turn, unt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -244,6 +244,26 @@ def tolerance_of(base: Base) -> float:
     """
     exact = base.compute_dtype == torch.float32 and not getattr(base.model, "is_loaded_in_8bit", False)
     return 1e-3 if exact else 5e-2
+
+
+def is_tie(base: Base, plain: Reply, agrees: Callable[[str], bool]) -> bool:
+    """Return whether the first token at which another answer leaves the plain one is decided by rounding alone.
+
+    Args:
+        base: The base model.
+        plain: The plain answer with its logits.
+        agrees: Whether the other answer begins with a text.
+    """
+    assert plain.logits is not None
+    for step, logits in enumerate(plain.logits):
+        if not agrees(base.tokenizer.decode(plain.tokens[: step + 1], skip_special_tokens=True)):
+            best = logits.topk(2).values
+            return bool(best[0] - best[1] <= _TIE * tolerance_of(base) * logits[logits.isfinite()].abs().max())
+    return False
+
+
+_TIE = 0.01
+"""Share of the tolerance that two logits may be apart and still change places: 1e-5 of the largest in float32."""
 
 
 def _compare(reply: Reply, plain: Reply, tolerance: float) -> str:

@@ -255,3 +255,18 @@ def test_the_probe_asks_few_prompts(base: Base, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(probe, "answer_one_by_one", counting)
     choose_path(base, requests(base, 40) * 20, Budget(2048))
     assert sum(counted) <= 5  # the longest twice: a model that answers at random is refused
+
+
+def test_a_tie_is_told_from_another_answer(base: Base) -> None:
+    """Two tokens whose logits are 1e-6 apart change places by rounding; 0.1 apart they do not."""
+    tokens = (300, 301)
+    text = base.tokenizer.decode(list(tokens))
+    other = base.tokenizer.decode([300, 302])
+    assert not text.startswith(other)
+    for gap, expected in ((1e-6, True), (0.1, False)):
+        logits = torch.zeros(2, 858)
+        logits[0, 300], logits[1, 301], logits[1, 302] = 5.0, 5.0, 5.0 - gap
+        plain = Reply(0, text, 5.0, tokens, logits)
+        assert probe.is_tie(base, plain, other.startswith) is expected
+    first = base.tokenizer.decode([400])
+    assert not probe.is_tie(base, plain, first.startswith)  # it leaves at the first token, where the gap is 5
