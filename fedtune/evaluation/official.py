@@ -5,6 +5,7 @@ padded batches of 32 (section 5). The reference that the fast path is held again
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -66,13 +67,9 @@ def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
     A missing pad token, or one equal to EOS, becomes a new `[PAD]`, and the embeddings are resized, as in the reference.
     """
     tokenizer = base.tokenizer
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     stops = stop_tokens(base)
-    side = tokenizer.padding_side
-    tokenizer.padding_side = "left"  # what is generated follows the last token of a row
-    try:
+    with _with_pad_token(base):
+        tokenizer.padding_side = "left"  # what is generated follows the last token of a row
         for start in range(0, len(prompts), FINANCE_BATCH_SIZE):
             batch = tokenizer(
                 list(prompts[start : start + FINANCE_BATCH_SIZE]),
@@ -95,8 +92,43 @@ def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
             )
             texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             yield [Reply(start + row, answer_part(text), float("nan")) for row, text in enumerate(texts)]
+
+
+@contextmanager
+def _with_pad_token(base: Base) -> Iterator[None]:
+    """Give a tokenizer without a pad token of its own one, and the embeddings a row for it; outside all is as it was."""
+    tokenizer, model = base.tokenizer, base.model
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    if pad is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        try:
+            yield
+        finally:
+            tokenizer.padding_side = side
+        return
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    before = [
+        (table, dict(table._parameters), {k: p.data for k, p in table._parameters.items() if p is not None})
+        for table in tables
+    ]
+    sizes = [{k: v for k, v in vars(table).items() if k in ("num_embeddings", "out_features")} for table in tables]
+    configs = {
+        id(c): (c, c.vocab_size) for c in (model.config, model.config.get_text_config()) if hasattr(c, "vocab_size")
+    }
+    try:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        yield
     finally:
-        tokenizer.padding_side = side
+        model.set_input_embeddings(tables[0])
+        model.set_output_embeddings(tables[1])
+        for (table, parameters, data), size in zip(before, sizes, strict=True):
+            table._parameters.update(parameters)
+            for name, values in data.items():
+                parameters[name].data = values
+            vars(table).update(size)
+        for config, vocabulary in configs.values():
+            config.vocab_size = vocabulary
+        tokenizer.pad_token, tokenizer.padding_side = pad, side
 
 
 def answer_part(text: str) -> str:

@@ -21,9 +21,10 @@ from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
 from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.benchmarks.load import load_questions
 from fedtune.evaluation.evaluate import BASE, Asked, EvalResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.official import answer_one_by_one, new_tokens
+from fedtune.evaluation.official import answer_finance, answer_one_by_one, new_tokens
 from fedtune.evaluation.statistics import mcnemar
 from fedtune.evaluation.subjects import find_subjects
+from fedtune.models import integrity
 from fedtune.models.adapter import attach, read_adapter, write_adapter
 from fedtune.models.base import Base, load_base
 from fedtune.runs.atomic import read_json_lines
@@ -467,6 +468,25 @@ def lowest_logits(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
 
     monkeypatch.setattr(official, "FINANCE_LENGTH", length)
     monkeypatch.setattr(module, "FINANCE_LENGTH", length)
+
+
+@pytest.mark.parametrize("pad_is_end", [False, True])
+def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -> None:
+    """Without a pad token of its own the tokenizer gets one and the embeddings a row, for the batches alone."""
+    base = load_base(ModelConfig(base="builtin:tiny", quantization="none"))
+    tokenizer, weight = base.tokenizer, base.model.get_input_embeddings().weight
+    tokenizer.pad_token = tokenizer.eos_token if pad_is_end else None
+    before, rows = weight.detach().clone(), len(weight)
+    integrity.watch(base.model)
+    replies = [
+        reply for batch in answer_finance(base, ["Profit rose. Answer: ", "Sales fell. Answer: "]) for reply in batch
+    ]
+    assert len(replies) == 2
+    integrity.check(base.model, "after finance")
+    assert base.model.get_input_embeddings().weight is weight
+    assert len(weight) == rows == base.model.get_input_embeddings().num_embeddings
+    assert bool((weight == before).all())
+    assert tokenizer.pad_token == (tokenizer.eos_token if pad_is_end else None)
 
 
 def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
