@@ -120,7 +120,8 @@ def load_base(config: ModelConfig) -> Base:
             with suppress(MissingError):  # that an encoder is no decoder says more than that its heads are unused
                 check_causal(model, tokenizer, config, dtype)
         raise
-    check_finite(model, headers, config.base)
+    quantized = config.quantization != "none" and not stored
+    check_finite(model, headers, config.base, folder if quantized else None)
     dequantized = worth_dequantizing(model, config, dtype, free_memory_bytes(device))
     if dequantized:
         dequantize(model, dtype)

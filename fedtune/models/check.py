@@ -10,10 +10,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from fedtune.config.schema import ModelConfig
@@ -158,13 +161,23 @@ def _is_decoder_layer(name: str, own: Collection[str], headers: Headers) -> bool
     return bool(used) and layers.get(match[2], set()) <= used
 
 
-def check_finite(model: Any, headers: Headers, base: str) -> None:
+def check_finite(model: Any, headers: Headers, base: str, quantized_from: Path | None) -> None:
     """Refuse a base whose weights hold NaN or infinity.
+
+    Args:
+        model: As it was loaded.
+        headers: Of its files.
+        base: Its name.
+        quantized_from: The folder whose weights were quantized while they were loaded, if they were: they are read once more,
+            because a GPU's quantization loses a NaN without a trace.
 
     Raises:
         MissingError: one does; it is named.
     """
-    for name, tensor in _values(model, headers):
+    values = _values(model, headers)
+    if quantized_from is not None:
+        values = chain(values, _stored_values(quantized_from, headers, model.device))
+    for name, tensor in values:
         if tensor.numel() and tensor.is_floating_point() and tensor.device.type != "meta":
             low, high = tensor.aminmax()
             if not (bool(low.isfinite()) and bool(high.isfinite())):
@@ -175,7 +188,7 @@ def check_finite(model: Any, headers: Headers, base: str) -> None:
 
 
 def _values(model: Any, headers: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a model's weights by name; of a quantized one the scales, which a weight that is not finite spoils."""
+    """Yield a model's weights by name; of a quantized one the scales, which a weight that is not finite mostly spoils."""
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
         state = getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit weights
@@ -189,6 +202,21 @@ def _values(model: Any, headers: Mapping[str, StoredTensor]) -> Iterator[tuple[s
     for name, buffer in model.named_buffers():
         if name in headers:
             yield name, buffer
+
+
+def _stored_values(folder: Path, headers: Headers, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the base's files hold in full precision, in parts, on `device`."""
+    for file in sorted({stored.file for stored in headers.values()}):
+        with safe_open(folder / file, "pt") as tensors:
+            for name, stored in headers.items():
+                if stored.file == file and stored.dtype in _FULL_PRECISION:
+                    for part in tensors.get_tensor(name).flatten().split(_PART):
+                        yield name, part.to(device)
+
+
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+_PART = 2**27
+"""Numbers that are moved to the device at once."""
 
 
 def probe_tokens(model: Any, tokenizer: Any) -> torch.Tensor:

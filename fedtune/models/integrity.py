@@ -111,7 +111,7 @@ def _sum(tensor: torch.Tensor) -> int | torch.Tensor:
     words = flat[: flat.numel() // 8 * 8].view(torch.int64)
     odd = torch.arange(1, 2 * _COLUMNS, 2, device=tensor.device)
     rows = words[: words.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
-    factors = torch.arange(1, 2 * len(rows), 2, device=tensor.device) * _SPREAD
+    factors = (2 * torch.arange(len(rows), device=tensor.device) + 1) * _SPREAD  # none where there are no rows
     columns = factors @ rows if tensor.device.type == "cpu" else _product(factors, rows)
     rest = words[rows.numel() :]
     tail = flat[words.numel() * 8 :].to(torch.int64)

@@ -14,6 +14,7 @@ A model that does not take attention from transformers' interface, or mixes toke
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ Tokens = npt.NDArray[np.int32]
 _MOST_WASTE = 1.5
 """Rows are attended to in one call as long as padding makes that so many times the work at most."""
 
+
+_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether the kernel takes fewer heads of keys than of queries; torch before 2.12 has no such option."""
 
 _OWN_TERMS = ("softcap", "s_aux", "position_bias")
 """What models add to attention and ours does not."""
@@ -173,7 +177,10 @@ def _attend(
         # (tokens, heads, head_dim); a window of (-1, 0) is causal attention
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         borders = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
-        out = varlen_attn(q, k, v, *borders, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+        groups: dict[str, Any] = {"enable_gqa": gqa} if _TAKES_GROUPS else {}
+        if gqa and not _TAKES_GROUPS:
+            k, v = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (k, v))
+        out = varlen_attn(q, k, v, *borders, scale=scaling, window_size=(-1, 0), **groups)
         return out[None], None  # type: ignore[call-overload]
     options: dict[str, Any] = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": gqa}
     if len(row_lengths) * max(row_lengths) ** 2 <= _MOST_WASTE * sum(length**2 for length in row_lengths):

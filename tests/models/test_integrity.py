@@ -79,3 +79,14 @@ def test_a_replaced_weight_is_found(base: Base) -> None:
     base.model.lm_head.weight = torch.nn.Parameter(base.model.lm_head.weight.detach().clone())
     with pytest.raises(FedTuneError, match=r"lm_head\.weight"):
         integrity.check(base.model, "later")
+
+
+def test_a_gpu_sums_tensors_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU small tensors take the same way as large ones: there may be no whole row of words."""
+    monkeypatch.setattr(integrity, "_SMALL", -1)
+    for length in (0, 1, 7, 8, 9, 4095, 4097):
+        tensor = large(torch.uint8, length)
+        before = integrity._sums([tensor])
+        if length:
+            tensor[-1] ^= 1
+            assert integrity._sums([tensor]) != before

@@ -362,3 +362,16 @@ def test_memory_that_runs_out_is_one_sentence(llama_folder: Path, monkeypatch: p
 
     monkeypatch.setattr("fedtune.models.base.AutoModelForCausalLM.from_pretrained", fail)
     assert "memory does not hold" in refusal(llama_folder)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_nan_is_found_where_quantization_loses_it(
+    tiny: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's kernels quantize a NaN as if it were a number: the scales that show it on a CPU are clean."""
+    from fedtune.models import check
+
+    monkeypatch.setattr(check, "_values", lambda *_: iter(()))
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(tiny, lambda tensors: tensors[name].__setitem__((3, 5), float("nan")))
+    assert f"{name} of {tiny} holds a value that is not finite" in refusal(tiny, quantization=quantization)
