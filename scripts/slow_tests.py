@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from fedtune.runs.atomic import write_text
@@ -31,7 +32,7 @@ def main() -> None:
     print(f"wrote {PAGE}")
 
 
-def page(report: ElementTree.ElementTree) -> str:
+def page(report: ElementTree.ElementTree[Any]) -> str:
     """Return the page of a JUnit report in which nothing failed: one row a file."""
     seconds: dict[str, list[float]] = {}
     skipped: list[str] = []
