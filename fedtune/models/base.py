@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,15 +29,16 @@ from fedtune.models.check import (
     check_causal,
     check_finite,
     check_loading,
-    first_line,
     recorded_loading,
 )
+from fedtune.models.config_keys import keys_at_fault, reason
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base
 from fedtune.models.limits import Limits, limits_of
 from fedtune.models.stored import (
     check_quantization,
     check_tables,
+    check_values,
     check_weights_named,
     own_code,
     read_headers,
@@ -102,10 +105,7 @@ def load_base(config: ModelConfig) -> Base:
             hint="Free memory, or hold it smaller: --set model.quantization=nf4",
         ) from error
     except Exception as error:  # transformers and a model's own code raise whatever they like
-        raise MissingError(
-            f"{config.base} cannot be loaded ({type(error).__name__}: {first_line(error)}).",
-            hint="Check its config.json, copy the model again, or choose another model.base.",
-        ) from error
+        raise _unusable(config, folder, error) from error
     _check_generates(model, config)
     model.requires_grad_(False)
     model.eval()
@@ -140,6 +140,7 @@ def read_model_config(config: ModelConfig, folder: Path) -> Any:
     check_code(config, folder)
     table = read_table(folder / "config.json", config.base)
     check_weights_named(table, config.base)
+    check_values(table, config.base)
     check_quantization(config, table)
     try:
         with silence_libraries():
@@ -148,10 +149,8 @@ def read_model_config(config: ModelConfig, folder: Path) -> Any:
             )
             encoder_decoder = bool(found.is_encoder_decoder)
     except Exception as error:  # transformers and a model's own code raise whatever they like
-        raise MissingError(
-            f"The config.json of the base model {config.base} cannot be used ({type(error).__name__}: {first_line(error)}).",
-            hint="Copy it again, or choose another model.base.",
-        ) from error
+        raise _unusable(config, folder, error) from error
+    found.return_dict = True  # all code here reads outputs by name; that changes no value
     own_class = config.trust_remote_code and "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     if encoder_decoder:
         raise ConfigError([Problem("model.base", f"{config.base} is an encoder-decoder and no causal language model")])
@@ -172,17 +171,34 @@ def empty_model(config: ModelConfig, folder: Path | None = None) -> Any:
     Raises:
         MissingError, ConfigError: as `read_model_config` and `resolve_base` do.
     """
-    model_config = read_model_config(config, folder or resolve_base(config, only_config=True).folder)
+    folder = folder or resolve_base(config, only_config=True).folder
+    model_config = read_model_config(config, folder)
     try:
         with silence_libraries(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers and a model's own code raise whatever they like
-        raise MissingError(
-            f"The config.json of {config.base} describes no model ({type(error).__name__}: {first_line(error)}).",
-            hint="Copy it again, or choose another model.base.",
-        ) from error
+        raise _unusable(config, folder, error) from error
     _check_generates(model, config)
     return model
+
+
+def _unusable(config: ModelConfig, folder: Path, error: Exception) -> MissingError:
+    """Return the error that says why transformers cannot build a base, with the keys of config.json that are the cause."""
+    keys = keys_at_fault(read_table(folder / "config.json", config.base), error)
+    if not keys:
+        return MissingError(
+            f"{config.base} cannot be loaded ({reason(error)}).",
+            hint="Check its config.json, copy the model again, or choose another model.base.",
+        )
+    values = " or ".join(f"{key} = {textwrap.shorten(json.dumps(value), 60)}" for key, value in keys.items())
+    names = " or ".join(keys)
+    step = f"Correct {names} in config.json"
+    if isinstance(error, ImportError):
+        step = f"Remove {names} from config.json, install what it needs"
+    return MissingError(
+        f"{config.base} cannot be loaded because of {values} in its config.json ({reason(error)}).",
+        hint=f"{step}, or choose another model.base.",
+    )
 
 
 def _check_generates(model: Any, config: ModelConfig) -> None:

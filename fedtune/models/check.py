@@ -243,7 +243,10 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
         problem = f"{base} ({type(model).__name__}) is not causal: it does not compute logits for every token of a row"
         raise ConfigError([Problem("model.base", problem)])
     if not bool(logits.isfinite().all()):
-        raise MissingError(f"{base} computes logits that are not finite.", hint="Choose another model.base.")
+        raise MissingError(
+            f"{base} computes logits that are not finite.",
+            hint="Check the numbers in its config.json, such as rope_theta, or choose another model.base.",
+        )
     spread = (logits - logits.mean(dim=-1, keepdim=True)).abs().max()
     moved = torch.stack(
         [(logits[0, :-1] - logits[1, :-1]).abs().max(), (logits[0, :half] - logits[2, :half]).abs().max()]
@@ -360,6 +363,7 @@ def _token(tokenizer: Any, id_: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, cut to a length that a sentence bears."""
-    text = (str(error).strip().splitlines() or [""])[0]
+    """Return the first line of an error's text that says something, cut to a length that a sentence bears."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = next((line for line in lines if not line.endswith(":")), lines[0])
     return text if len(text) <= 200 else text[:197] + "…"
