@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fedtune.errors import UsageError
 from fedtune.evaluation.answer import Reply, Request, stop_tokens
 from fedtune.evaluation.benchmarks.base import Question
 from fedtune.models.base import Base
@@ -60,6 +61,28 @@ def answer_one_by_one(
         yield [Reply(place, text, float(best[0] - best[1]), tokens, logits)]
 
 
+def check_embeddings(base: Base) -> None:
+    """Refuse to give a row for a pad token to embeddings that an adapter is on.
+
+    Raises:
+        UsageError: the finance batches need a new pad token, and an adapter changes the embeddings or the head.
+    """
+    model = base.model
+    head = model.get_output_embeddings()
+    plain = isinstance(model.get_input_embeddings(), torch.nn.Embedding) and isinstance(head, torch.nn.Linear | None)
+    if not plain and not _has_pad_token(base):
+        raise UsageError(
+            "The official mode adds a pad token to this base for finance benchmarks, and cannot resize its embeddings, which "
+            "the adapter changes (adapter.targets or adapter.modules_to_save).",
+            hint="Use --mode fast, which adds no pad token.",
+        )
+
+
+def _has_pad_token(base: Base) -> bool:
+    tokenizer = base.tokenizer
+    return tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
 @torch.inference_mode()
 def answer_finance(base: Base, prompts: Sequence[str]) -> Iterator[list[Reply]]:
     """Answer finance prompts in padded batches of 32, in their order; a reply is the whole decoded text's answer part.
@@ -99,7 +122,8 @@ def _with_pad_token(base: Base) -> Iterator[None]:
     """Give a tokenizer without a pad token of its own one, and the embeddings a row for it; outside all is as it was."""
     tokenizer, model = base.tokenizer, base.model
     side, pad = tokenizer.padding_side, tokenizer.pad_token
-    if pad is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    check_embeddings(base)
+    if _has_pad_token(base):
         try:
             yield
         finally:
