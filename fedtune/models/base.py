@@ -120,6 +120,7 @@ def load_base(config: ModelConfig) -> Base:
             with suppress(MissingError):  # that an encoder is no decoder says more than that its heads are unused
                 check_causal(model, tokenizer, config, dtype)
         raise
+    _note_untied(model, config.base)
     check_finite(model, headers, config.base)
     dequantized = worth_dequantizing(model, config, dtype, free_memory_bytes(device))
     if dequantized:
@@ -180,6 +181,25 @@ def empty_model(config: ModelConfig, folder: Path | None = None) -> Any:
         raise _unusable(config, folder, error) from error
     _check_generates(model, config)
     return model
+
+
+def _note_untied(model: Any, base: str) -> None:
+    """Have the config of a loaded model say so where its files hold a head that is not the embedding which it ties it to.
+
+    transformers takes the head of the files, and would replace it by the embedding when it next resizes the two.
+    """
+    if not (model.config.tie_word_embeddings and getattr(model, "_tied_weights_keys", None)):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return
+    for holder in (model.config, model.config.get_text_config(decoder=True)):
+        holder.tie_word_embeddings = False
+    log.warning(
+        "config.json of %s has tie_word_embeddings = true, and the weight files hold a head that differs from the embedding; "
+        "the files' head is used",
+        base,
+    )
 
 
 def _unusable(config: ModelConfig, folder: Path, error: Exception) -> MissingError:
