@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +29,7 @@ from fedtune.models.check import (
     check_loading,
     recorded_loading,
 )
-from fedtune.models.config_keys import keys_at_fault, reason
+from fedtune.models.config_keys import fault_of_model, fault_of_tokenizer, reason
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base
 from fedtune.models.limits import Limits, limits_of
@@ -99,12 +97,12 @@ def load_base(config: ModelConfig) -> Base:
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # they are in the report, all of them
             )
-    except torch.OutOfMemoryError as error:
-        raise MissingError(
-            f"The device's memory does not hold {config.base} with model.quantization = {config.quantization}.",
-            hint="Free memory, or hold it smaller: --set model.quantization=nf4",
-        ) from error
     except Exception as error:  # transformers and a model's own code raise whatever they like
+        if is_out_of_memory(error):
+            raise MissingError(
+                f"The device's memory does not hold {config.base} with model.quantization = {config.quantization}.",
+                hint="Free memory, or hold it smaller: --set model.quantization=nf4",
+            ) from error
         raise _unusable(config, folder, error) from error
     _check_generates(model, config)
     model.requires_grad_(False)
@@ -188,7 +186,7 @@ def _note_untied(model: Any, base: str) -> None:
 
     transformers takes the head of the files, and would replace it by the embedding when it next resizes the two.
     """
-    if not (model.config.tie_word_embeddings and getattr(model, "_tied_weights_keys", None)):
+    if not (getattr(model.config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None)):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is embedding.weight:
@@ -204,19 +202,17 @@ def _note_untied(model: Any, base: str) -> None:
 
 def _unusable(config: ModelConfig, folder: Path, error: Exception) -> MissingError:
     """Return the error that says why transformers cannot build a base, with the keys of config.json that are the cause."""
-    keys = keys_at_fault(read_table(folder / "config.json", config.base), error)
-    if not keys:
+    fault = fault_of_model(folder, config.base, error)
+    if fault is None:
         return MissingError(
             f"{config.base} cannot be loaded ({reason(error)}).",
             hint="Check its config.json, copy the model again, or choose another model.base.",
         )
-    values = " or ".join(f"{key} = {textwrap.shorten(json.dumps(value), 60)}" for key, value in keys.items())
-    names = " or ".join(keys)
-    step = f"Correct {names} in config.json"
+    step = f"Correct {fault.names} in {fault.file}"
     if isinstance(error, ImportError):
-        step = f"Remove {names} from config.json, install what it needs"
+        step = f"Remove {fault.names} from {fault.file}, install what it needs"
     return MissingError(
-        f"{config.base} cannot be loaded because of {values} in its config.json ({reason(error)}).",
+        f"{config.base} cannot be loaded because of {fault} ({reason(error)}).",
         hint=f"{step}, or choose another model.base.",
     )
 
@@ -329,6 +325,11 @@ def _tokenizer(config: ModelConfig, folder: Path) -> Any:
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers library
         if own and not config.trust_remote_code:
             raise ConfigError([Problem("model.trust_remote_code", _OWN_TOKENIZER)]) from error
+        if not own and (fault := fault_of_tokenizer(folder, config.base, error)):
+            raise MissingError(
+                f"The tokenizer of {config.base} cannot be read because of {fault} ({reason(error)}).",
+                hint=f"Correct {fault.names} in {fault.file}, or choose another model.base.",
+            ) from error
         raise MissingError(
             f"The base model {config.base} has no tokenizer that can be read ({type(error).__name__}).",
             hint="Put its tokenizer files beside its weights, or choose another model.base.",

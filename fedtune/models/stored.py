@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ _BNB_4BIT = re.compile(r"\.quant_state\.bitsandbytes__(\w+)$")
 _DECLARATIONS = ("quantization_config", "compression_config")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 """Keys of config.json that say how many tokens a row may have, first the one that counts."""
-_ABOVE_ZERO = {
+_SIZES = {
     *POSITIONS,
     *(
         "vocab_size",
@@ -45,8 +46,10 @@ _ABOVE_ZERO = {
         "num_attention_heads",
         "n_head",
     ),
-    "rope_theta",
 }
+"""Keys of config.json whose values are counts and sizes."""
+_LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000}
+_LARGEST_SIZE = 2**40
 _COPY_AGAIN = "Copy the base model's files again, or choose another model.base."
 _ELSEWHERE = "choose a model.base that is stored in full precision"
 
@@ -174,9 +177,12 @@ def check_values(table: Mapping[str, Any], base: str) -> None:
         MissingError: the first such key is named.
     """
     for key, value in _tables(table):
-        if key in _ABOVE_ZERO and isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+        largest = _LARGEST.get(key, _LARGEST_SIZE if key in _SIZES else math.inf)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in (*_SIZES, "rope_theta") and number and not 0 < value <= largest:
+            bounds = "above 0" if not value > 0 else f"at most {largest:,}"
             raise MissingError(
-                f"config.json of {base} has {key} = {value}, which must be above 0.",
+                f"config.json of {base} has {key} = {str(value)[:30]}, which must be {bounds}.",
                 hint=f"Correct {key} in config.json, or choose another model.base.",
             )
         if key in (*_DECLARATIONS, "quantization") and value is not None and not value:

@@ -383,9 +383,20 @@ def test_a_fault_of_the_model_while_computing_is_one_sentence(
     assert "--set model.quantization=none" in text
 
 
-def test_memory_that_runs_out_is_one_sentence(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_memory_that_runs_out_is_one_sentence(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("fedtune.models.base.AutoModelForCausalLM.from_pretrained", fail)
     assert "memory does not hold" in refusal(llama_folder)

@@ -118,6 +118,8 @@ WRONG_KEYS: dict[str, tuple[dict[str, object], str]] = {
     "negative positions": ({"max_position_embeddings": -1}, "max_position_embeddings = -1, which must be above 0"),
     "vocabulary": ({"vocab_size": 0}, "vocab_size = 0, which must be above 0"),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers = 0, which must be above 0"),
+    "layers without end": ({"num_hidden_layers": 10**400}, "num_hidden_layers = 1000000"),
+    "width without end": ({"hidden_size": 10**400}, "which must be at most"),
     "empty quantization": ({"quantization_config": {}}, "quantization_config = {}, which names no quantization"),
     "no quantization": ({"quantization_config": False}, "quantization_config = false, which names no quantization"),
     "empty compression": ({"compression_config": {}}, "compression_config = {}, which names no quantization"),
@@ -140,6 +142,36 @@ def test_a_wrong_key_of_the_config_is_named_in_load_and_plan(
         assert words in text
         assert "\n" not in text
         assert re.search(r"(Correct|Remove) \w+.* (in|from) config\.json", caught.value.hint)
+
+
+OTHER_FILES: dict[str, tuple[str, dict[str, object], str]] = {
+    "new tokens": ("generation_config.json", {"max_new_tokens": -1}, "max_new_tokens = -1"),
+    "cache": ("generation_config.json", {"cache_implementation": "none"}, 'cache_implementation = "none"'),
+    "padding": ("generation_config.json", {"pad_token_id": "x"}, 'pad_token_id = "x"'),
+    "class": ("tokenizer_config.json", {"tokenizer_class": 5}, "tokenizer_class = 5"),
+    "side": ("tokenizer_config.json", {"padding_side": "up"}, 'padding_side = "up"'),
+    "token": ("tokenizer_config.json", {"eos_token": 5}, "eos_token = 5"),
+    "id": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder.x = {"),
+    "special": ("special_tokens_map.json", {"eos_token": [1]}, "eos_token = [1]"),
+    "added": ("added_tokens.json", {"a": "b"}, 'a = "b"'),
+}
+
+
+@pytest.mark.parametrize(("name", "values", "words"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_wrong_key_of_another_table_is_named_with_its_file(
+    folder: Path, name: str, values: dict[str, object], words: str
+) -> None:
+    file = folder / name
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    table = json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | values)
+    file.write_text(table)
+    with pytest.raises(MissingError) as caught:
+        load(folder)
+    assert f"because of {words}" in str(caught.value)
+    assert f" in its {name} (" in caught.value.message
+    assert re.match(rf"Correct \S+ in {re.escape(name)}, or", caught.value.hint)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after == {**before, name: table.encode()}
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
