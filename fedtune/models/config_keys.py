@@ -36,7 +36,7 @@ class Fault:
 
     file: str
     keys: dict[str, Any]
-    """Value by key, dotted; where there are several, each alone would be enough to change."""
+    """Value by key, dotted; where there are several, they do not fit each other, or more than one is wrong."""
 
     @property
     def names(self) -> str:
@@ -97,14 +97,18 @@ def _first_fault(folder: Path, base: str, builds: Mapping[str, Build], error: Ex
 
 
 def _search(table: Mapping[str, Any], build: Build, failed: str) -> list[tuple[str, Any]]:
-    """Return the keys without any one of which `build` succeeds; where none suffices, those without which it fails otherwise."""
+    """Return the keys without each of which `build` succeeds, then those without which the same failure names other values.
+
+    Where it never succeeds, because several keys are wrong, they are those without which it fails otherwise.
+    """
     outcomes = {
         key: _outcome(build, {other: value for other, value in table.items() if other != key})
         for key in table
         if key != "model_type"
     }
     found = [key for key, outcome in outcomes.items() if outcome is None]
-    found = found or [key for key, outcome in outcomes.items() if outcome != failed]
+    kind = failed.partition(":")[0] if found else ""
+    found += [key for key, outcome in outcomes.items() if outcome not in (None, failed) and outcome.startswith(kind)]
     named: list[tuple[str, Any]] = []
     for key in found:
         inner = table[key]

@@ -111,6 +111,7 @@ WRONG_KEYS: dict[str, tuple[dict[str, object], str]] = {
     "number format": ({"dtype": "float99"}, 'dtype = "float99"'),
     "word for a number": ({"num_hidden_layers": "two"}, "expected int, got str (value: 'two')"),
     "heads": ({"num_attention_heads": 5}, "num_attention_heads = 5"),
+    "heads and width": ({"head_dim": None, "num_attention_heads": 12}, "num_attention_heads = 12 or hidden_size = 32"),
     "rotary width": ({"head_dim": 7}, "requires an even rotary dimension"),
     "layer types": ({"layer_types": ["nothing", "nothing"]}, 'layer_types = ["nothing", "nothing"]'),
     "attention": ({"attn_implementation": "nothing"}, 'attn_implementation = "nothing"'),
