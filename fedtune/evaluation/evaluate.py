@@ -28,6 +28,7 @@ from fedtune.evaluation.official import (
     answer_finance,
     answer_one_by_one,
     answer_part,
+    check_embeddings,
     new_tokens,
 )
 from fedtune.evaluation.probe import (
@@ -404,6 +405,7 @@ def _replies(
     choice: Choice | None = None
     findings = warnings_about(base, everything)
     if finance:
+        check_embeddings(base)
         check_repeatable(base, everything)
         journal.choose(f"batches of {FINANCE_BATCH_SIZE} padded on the left", "the official mode", findings)
     elif settings.mode == "official":

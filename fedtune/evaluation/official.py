@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fedtune.errors import UsageError
 from fedtune.evaluation.answer import Reply, Request, stop_tokens
 from fedtune.evaluation.benchmarks.base import Question
 from fedtune.models.base import Base
@@ -56,8 +57,31 @@ def answer_one_by_one(
         best = out.logits[0][0].float().topk(2).values
         tokens = tuple(out.sequences[0, ids.shape[1] :].tolist())
         text = base.tokenizer.decode(tokens, skip_special_tokens=True)
-        logits = torch.cat(out.logits).float() if keep_logits else None  # (new tokens, vocabulary)
+        # (new tokens, vocabulary); of beams the first
+        logits = torch.cat([step[:1] for step in out.logits]).float() if keep_logits else None
         yield [Reply(place, text, float(best[0] - best[1]), tokens, logits)]
+
+
+def check_embeddings(base: Base) -> None:
+    """Refuse to give a row for a pad token to embeddings that an adapter is on.
+
+    Raises:
+        UsageError: the finance batches need a new pad token, and an adapter changes the embeddings or the head.
+    """
+    model = base.model
+    head = model.get_output_embeddings()
+    plain = isinstance(model.get_input_embeddings(), torch.nn.Embedding) and isinstance(head, torch.nn.Linear | None)
+    if not plain and not _has_pad_token(base):
+        raise UsageError(
+            "The official mode adds a pad token to this base for finance benchmarks, and cannot resize its embeddings, which "
+            "the adapter changes (adapter.targets or adapter.modules_to_save).",
+            hint="Use --mode fast, which adds no pad token.",
+        )
+
+
+def _has_pad_token(base: Base) -> bool:
+    tokenizer = base.tokenizer
+    return tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
 @torch.inference_mode()
@@ -99,7 +123,8 @@ def _with_pad_token(base: Base) -> Iterator[None]:
     """Give a tokenizer without a pad token of its own one, and the embeddings a row for it; outside all is as it was."""
     tokenizer, model = base.tokenizer, base.model
     side, pad = tokenizer.padding_side, tokenizer.pad_token
-    if pad is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    check_embeddings(base)
+    if _has_pad_token(base):
         try:
             yield
         finally:

@@ -200,8 +200,8 @@ def _refused(base: Base, path: AnswerPath, requests: Sequence[Request]) -> str:
     changed = [
         name for name, neutral in _NEUTRAL.items() if getattr(base.model.generation_config, name, None) not in neutral
     ]
-    # Settings of `generate` look at the tokens before, so that padding would count as well.
-    if changed and path.padding != "none":
+    # Settings of `generate` look at the tokens before, so that padding would count as well; beams are rows of their own.
+    if changed and (path.padding != "none" or "num_beams" in changed):
         return f"the model's generation config sets {', '.join(changed)}"
     window = smallest_window(base.model)
     if path.padding == "right" and window is not None:
@@ -270,7 +270,10 @@ def _compare(reply: Reply, plain: Reply, tolerance: float) -> str:
     """Return how a reply differs from the plain one beyond rounding."""
     assert reply.logits is not None
     assert plain.logits is not None
-    for step, (ours, theirs) in enumerate(zip(reply.logits, plain.logits, strict=False)):
+    # Beams may go on after the answer has ended: then there are more logits than tokens.
+    for step, (ours, theirs, *_) in enumerate(
+        zip(reply.logits, plain.logits, reply.tokens, plain.tokens, strict=False)
+    ):
         if ours.shape != theirs.shape:
             return f"{len(ours)} logits instead of {len(theirs)}"
         finite = theirs.isfinite()

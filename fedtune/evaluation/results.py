@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -27,6 +28,10 @@ FORMAT = 2
 _TEXTS = ("subject", "label", "bench", "protocol", "mode")
 _KEY = ("label", "bench", "protocol", "mode")
 """What tells results apart: one with the same values replaces the other."""
+_LEVELS = 32
+"""A value that is nested deeper is refused; fedtune writes at most five levels."""
+_DIGITS = 20
+"""An integer with more digits is refused; floating-point numbers cannot be computed from the largest ones."""
 
 
 def read_results(file: Path) -> list[Record]:
@@ -41,17 +46,23 @@ def read_results(file: Path) -> list[Record]:
         return []
     except UnicodeDecodeError:
         _refuse(file, "it is not UTF-8 text")
+    except IsADirectoryError:
+        _refuse(file, "it is a directory")
     except OSError as error:
         raise MissingError(
             f"{file} cannot be read: {error.strerror}.", hint="Choose another folder: --out DIR"
         ) from error
     try:
-        table = json.loads(text, parse_constant=_refuse_constant)
+        table = json.loads(
+            text, parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_without_duplicates
+        )
     except json.JSONDecodeError as error:
         torn = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         _refuse(file, "it is cut off" if torn else f"it is not JSON (line {error.lineno}: {error.msg})")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         _refuse(file, f"it is not JSON ({error})")
+    except RecursionError:
+        _refuse(file, f"it is nested in more than {_LEVELS} levels")
     if isinstance(table, dict) and _is_newer(table):
         _refuse_newer(file)
     if not isinstance(table, list):
@@ -59,7 +70,7 @@ def read_results(file: Path) -> list[Record]:
     for number, record in enumerate(table, start=1):
         if isinstance(record, dict) and _is_newer(record):
             _refuse_newer(file)
-        reason = _wrong_with(record)
+        reason = _not_writable(record) or _wrong_with(record)
         if reason:
             _refuse(file, f"entry {number} is no result of an evaluation: {reason}")
     return table
@@ -149,12 +160,41 @@ def _wrong_with(record: Any) -> str:
     return ""
 
 
+def _not_writable(value: Any, place: str = "it", levels: int = 0) -> str:
+    """Return where a value holds what cannot be written as JSON again, and what; empty where all of it can be."""
+    if levels > _LEVELS:
+        return f"it is nested in more than {_LEVELS} levels"
+    if isinstance(value, Mapping):
+        inner = [*((place, key) for key in value), *((repr(key), each) for key, each in value.items())]
+    elif isinstance(value, list):
+        inner = [(place, each) for each in value]
+    else:
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{place} holds a number that is too large"
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            return f"{place} holds {value[:40]!r}, which is no Unicode text"
+        return ""
+    return next(filter(None, (_not_writable(each, key, levels + 1) for key, each in inner)), "")
+
+
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(text: str) -> float:
+    return int(text) if len(text.lstrip("-")) <= _DIGITS else math.inf
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twice[:40]!r} twice")
+    return table
 
 
 def _refuse_constant(name: str) -> NoReturn:

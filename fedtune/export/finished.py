@@ -10,6 +10,7 @@ from pathlib import Path
 from fedtune.budget.ledger import Entry, read_ledger
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
+from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.results import FILE, Record, read_results
 from fedtune.models.adapter import WEIGHTS_FILE, SavedAdapter, read_adapter
 from fedtune.runs.directory import RUNS, RunDirectory, file_sha256, find_run
@@ -83,6 +84,7 @@ class FinishedRun:
         for record in self.results:
             if record["protocol"] != "flowertune" or record.get("partial") or not _as_the_leaderboard(record):
                 continue
+            _check_bench(self.run, record["bench"])
             held = best.get(record["bench"])
             if held is None or (record["mode"] == "official" and held["mode"] != "official"):
                 best[record["bench"]] = record
@@ -138,6 +140,16 @@ def open_run(name: str | None = None, adapter: str | None = None, runs: Path = R
 
 def _results(run: RunDirectory) -> list[Record]:
     return read_results(run.path / "benchmarks" / FILE)
+
+
+def _check_bench(run: RunDirectory, bench: str) -> None:
+    try:
+        parse_bench(bench)
+    except UsageError as error:
+        raise MissingError(
+            f"{run.path / 'benchmarks' / FILE} holds a result on {bench!r}, a benchmark that fedtune does not know.",
+            hint="Update fedtune, or remove that entry from the file.",
+        ) from error
 
 
 def _as_the_leaderboard(record: Record) -> bool:

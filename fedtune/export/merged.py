@@ -100,7 +100,7 @@ class Merge:
     split: Mapping[str, str]
     """Tensors that the base ties to another and does not store, to be stored now: name to the other's."""
     untied: bool
-    """Whether the adapter makes tied tensors differ."""
+    """Whether tensors that config.json ties differ in the merged model: by the adapter, or in the base's files already."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def plan_merge(finished: FinishedRun, folder: Path) -> Merge:
     groups = [(key, _stored_names(other, names, {}, model)[0].name) for key, other in tied.items()]
     untied = {key: other for key, other in groups if key in changed or other in changed}
     split = {key: other for key, other in untied.items() if key not in names}
-    return Merge(targets, parts, model, replaced, split, bool(untied))
+    differ = any(_differ(folder, key, other) for key, other in groups if {key, other} <= names)
+    return Merge(targets, parts, model, replaced, split, bool(untied) or differ)
 
 
 def _target(finished: FinishedRun, path: str, module: LoraLayer, left: dict[str, torch.Tensor]) -> tuple[Target, str]:
@@ -339,6 +340,16 @@ def _header(file: Path) -> dict[str, Any]:
 
 def _names_of(folder: Path) -> set[str]:
     return {name for file in weight_files(folder, str(folder)) for name in _header(file)}
+
+
+def _differ(folder: Path, *names: str) -> bool:
+    """Whether tensors of the base's files have different values."""
+    files = {name: file for file in weight_files(folder, str(folder)) for name in _header(file)}
+    found = []
+    for name in names:
+        with safe_open(files[name], "pt") as file:
+            found.append(file.get_tensor(name))
+    return not all(torch.equal(found[0], other) for other in found[1:])
 
 
 def _stored(folder: Path, merge: Merge) -> Iterator[_Stored]:

@@ -27,15 +27,16 @@ from fedtune.models.check import (
     check_causal,
     check_finite,
     check_loading,
-    first_line,
     recorded_loading,
 )
+from fedtune.models.config_keys import fault_of_model, fault_of_tokenizer, reason
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base
 from fedtune.models.limits import Limits, limits_of
 from fedtune.models.stored import (
     check_quantization,
     check_tables,
+    check_values,
     check_weights_named,
     own_code,
     read_headers,
@@ -96,16 +97,13 @@ def load_base(config: ModelConfig) -> Base:
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # they are in the report, all of them
             )
-    except torch.OutOfMemoryError as error:
-        raise MissingError(
-            f"The device's memory does not hold {config.base} with model.quantization = {config.quantization}.",
-            hint="Free memory, or hold it smaller: --set model.quantization=nf4",
-        ) from error
     except Exception as error:  # transformers and a model's own code raise whatever they like
-        raise MissingError(
-            f"{config.base} cannot be loaded ({type(error).__name__}: {first_line(error)}).",
-            hint="Check its config.json, copy the model again, or choose another model.base.",
-        ) from error
+        if is_out_of_memory(error):
+            raise MissingError(
+                f"The device's memory does not hold {config.base} with model.quantization = {config.quantization}.",
+                hint="Free memory, or hold it smaller: --set model.quantization=nf4",
+            ) from error
+        raise _unusable(config, folder, error) from error
     _check_generates(model, config)
     model.requires_grad_(False)
     model.eval()
@@ -120,6 +118,7 @@ def load_base(config: ModelConfig) -> Base:
             with suppress(MissingError):  # that an encoder is no decoder says more than that its heads are unused
                 check_causal(model, tokenizer, config, dtype)
         raise
+    _note_untied(model, config.base)
     quantized = config.quantization != "none" and not stored
     check_finite(model, headers, config.base, folder if quantized else None)
     dequantized = worth_dequantizing(model, config, dtype, free_memory_bytes(device))
@@ -141,6 +140,7 @@ def read_model_config(config: ModelConfig, folder: Path) -> Any:
     check_code(config, folder)
     table = read_table(folder / "config.json", config.base)
     check_weights_named(table, config.base)
+    check_values(table, config.base)
     check_quantization(config, table)
     try:
         with silence_libraries():
@@ -149,10 +149,8 @@ def read_model_config(config: ModelConfig, folder: Path) -> Any:
             )
             encoder_decoder = bool(found.is_encoder_decoder)
     except Exception as error:  # transformers and a model's own code raise whatever they like
-        raise MissingError(
-            f"The config.json of the base model {config.base} cannot be used ({type(error).__name__}: {first_line(error)}).",
-            hint="Copy it again, or choose another model.base.",
-        ) from error
+        raise _unusable(config, folder, error) from error
+    found.return_dict = True  # all code here reads outputs by name; that changes no value
     own_class = config.trust_remote_code and "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     if encoder_decoder:
         raise ConfigError([Problem("model.base", f"{config.base} is an encoder-decoder and no causal language model")])
@@ -173,17 +171,51 @@ def empty_model(config: ModelConfig, folder: Path | None = None) -> Any:
     Raises:
         MissingError, ConfigError: as `read_model_config` and `resolve_base` do.
     """
-    model_config = read_model_config(config, folder or resolve_base(config, only_config=True).folder)
+    folder = folder or resolve_base(config, only_config=True).folder
+    model_config = read_model_config(config, folder)
     try:
         with silence_libraries(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers and a model's own code raise whatever they like
-        raise MissingError(
-            f"The config.json of {config.base} describes no model ({type(error).__name__}: {first_line(error)}).",
-            hint="Copy it again, or choose another model.base.",
-        ) from error
+        raise _unusable(config, folder, error) from error
     _check_generates(model, config)
     return model
+
+
+def _note_untied(model: Any, base: str) -> None:
+    """Have the config of a loaded model say so where its files hold a head that is not the embedding which it ties it to.
+
+    transformers takes the head of the files, and would replace it by the embedding when it next resizes the two.
+    """
+    if not (getattr(model.config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None)):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return
+    for holder in (model.config, model.config.get_text_config(decoder=True)):
+        holder.tie_word_embeddings = False
+    log.warning(
+        "config.json of %s has tie_word_embeddings = true, and the weight files hold a head that differs from the embedding; "
+        "the files' head is used",
+        base,
+    )
+
+
+def _unusable(config: ModelConfig, folder: Path, error: Exception) -> MissingError:
+    """Return the error that says why transformers cannot build a base, with the keys of config.json that are the cause."""
+    fault = fault_of_model(folder, config.base, error)
+    if fault is None:
+        return MissingError(
+            f"{config.base} cannot be loaded ({reason(error)}).",
+            hint="Check its config.json, copy the model again, or choose another model.base.",
+        )
+    step = f"Correct {fault.names} in {fault.file}"
+    if isinstance(error, ImportError):
+        step = f"Remove {fault.names} from {fault.file}, install what it needs"
+    return MissingError(
+        f"{config.base} cannot be loaded because of {fault} ({reason(error)}).",
+        hint=f"{step}, or choose another model.base.",
+    )
 
 
 def _check_generates(model: Any, config: ModelConfig) -> None:
@@ -294,6 +326,11 @@ def _tokenizer(config: ModelConfig, folder: Path) -> Any:
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the tokenizers library
         if own and not config.trust_remote_code:
             raise ConfigError([Problem("model.trust_remote_code", _OWN_TOKENIZER)]) from error
+        if not own and (fault := fault_of_tokenizer(folder, config.base, error)):
+            raise MissingError(
+                f"The tokenizer of {config.base} cannot be read because of {fault} ({reason(error)}).",
+                hint=f"Correct {fault.names} in {fault.file}, or choose another model.base.",
+            ) from error
         raise MissingError(
             f"The base model {config.base} has no tokenizer that can be read ({type(error).__name__}).",
             hint="Put its tokenizer files beside its weights, or choose another model.base.",

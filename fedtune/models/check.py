@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, MissingError, Problem
-from fedtune.models.stored import NAMED, Headers, StoredTensor, name_some
+from fedtune.models.stored import FULL_PRECISION, NAMED, Headers, StoredTensor, name_some
 
 log = logging.getLogger(__name__)
 
@@ -209,12 +209,11 @@ def _stored_values(folder: Path, headers: Headers, device: torch.device) -> Iter
     for file in sorted({stored.file for stored in headers.values()}):
         with safe_open(folder / file, "pt") as tensors:
             for name, stored in headers.items():
-                if stored.file == file and stored.dtype in _FULL_PRECISION:
+                if stored.file == file and stored.dtype in FULL_PRECISION:
                     for part in tensors.get_tensor(name).flatten().split(_PART):
                         yield name, part.to(device)
 
 
-_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _PART = 2**27
 """Numbers that are moved to the device at once."""
 
@@ -271,7 +270,10 @@ def check_causal(model: Any, tokenizer: Any, config: ModelConfig, dtype: torch.d
         problem = f"{base} ({type(model).__name__}) is not causal: it does not compute logits for every token of a row"
         raise ConfigError([Problem("model.base", problem)])
     if not bool(logits.isfinite().all()):
-        raise MissingError(f"{base} computes logits that are not finite.", hint="Choose another model.base.")
+        raise MissingError(
+            f"{base} computes logits that are not finite.",
+            hint="Check the numbers in its config.json, such as rope_theta, or choose another model.base.",
+        )
     spread = (logits - logits.mean(dim=-1, keepdim=True)).abs().max()
     moved = torch.stack(
         [(logits[0, :-1] - logits[1, :-1]).abs().max(), (logits[0, :half] - logits[2, :half]).abs().max()]
@@ -388,6 +390,7 @@ def _token(tokenizer: Any, id_: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, cut to a length that a sentence bears."""
-    text = (str(error).strip().splitlines() or [""])[0]
+    """Return the first line of an error's text that says something, cut to a length that a sentence bears."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = next((line for line in lines if not line.endswith(":")), lines[0])
     return text if len(text) <= 200 else text[:197] + "…"

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedtune.models.stored import POSITIONS
+
 log = logging.getLogger(__name__)
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 _ELSEWHERE = ("vision", "visual", "image", "audio", "speech", "video")
 
 
@@ -44,9 +45,7 @@ class Excess:
 def limits_of(model: Any) -> Limits:
     """Return what rows `model` takes; a model on the meta device will do."""
     text_config = model.config.get_text_config(decoder=True)
-    declared = next(
-        (n for name in _POSITIONS if isinstance(n := getattr(text_config, name, None), int) and n > 0), None
-    )
+    declared = next((n for name in POSITIONS if isinstance(n := getattr(text_config, name, None), int) and n > 0), None)
     table = _table_of_positions(model, declared) if declared else None
     # MPT's attention bias and Reformer's product of two tables end there as well.
     fixed = table is not None or getattr(text_config, "model_type", "") in ("mpt", "reformer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,11 +27,29 @@ NAMED = 3
 """So many names of a kind are written out; the rest is counted."""
 
 _TABLES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_FULL_PRECISION = {"F64", "F32", "F16", "BF16"}
-_UNQUANTIZED = _FULL_PRECISION | {"BOOL", "I64", "C64"}
+FULL_PRECISION = {"F64", "F32", "F16", "BF16"}
+_UNQUANTIZED = FULL_PRECISION | {"BOOL", "I64", "C64"}
 _SCALES = re.compile(r"\.(qweight|qzeros|SCB|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|absmax)$")
 _BNB_4BIT = re.compile(r"\.quant_state\.bitsandbytes__(\w+)$")
 _DECLARATIONS = ("quantization_config", "compression_config")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+"""Keys of config.json that say how many tokens a row may have, first the one that counts."""
+_SIZES = {
+    *POSITIONS,
+    *(
+        "vocab_size",
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "num_hidden_layers",
+        "n_layer",
+        "num_attention_heads",
+        "n_head",
+    ),
+}
+"""Keys of config.json whose values are counts and sizes."""
+_LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000}
+_LARGEST_SIZE = 2**40
 _COPY_AGAIN = "Copy the base model's files again, or choose another model.base."
 _ELSEWHERE = "choose a model.base that is stored in full precision"
 
@@ -151,6 +170,28 @@ def check_weights_named(table: Mapping[str, Any], base: str) -> None:
             raise ConfigError([Problem("model.base", problem)])
 
 
+def check_values(table: Mapping[str, Any], base: str) -> None:
+    """Refuse a config.json with sizes that no model has, or with an empty declaration of quantized weights.
+
+    Raises:
+        MissingError: the first such key is named.
+    """
+    for key, value in _tables(table):
+        largest = _LARGEST.get(key, _LARGEST_SIZE if key in _SIZES else math.inf)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in (*_SIZES, "rope_theta") and number and not 0 < value <= largest:
+            bounds = "above 0" if not value > 0 else f"at most {largest:,}"
+            raise MissingError(
+                f"config.json of {base} has {key} = {str(value)[:30]}, which must be {bounds}.",
+                hint=f"Correct {key} in config.json, or choose another model.base.",
+            )
+        if key in (*_DECLARATIONS, "quantization") and value is not None and not value:
+            raise MissingError(
+                f"config.json of {base} has {key} = {json.dumps(value)}, which names no quantization.",
+                hint=f"Remove {key} from config.json if the weights are in full precision, or choose another model.base.",
+            )
+
+
 def check_quantization(config: ModelConfig, table: Mapping[str, Any], headers: Headers | None = None) -> bool:
     """Return whether the weights are stored as `config.quantization` asks; False where they are stored in full precision.
 
@@ -243,7 +284,8 @@ def _quantized_tensor(headers: Headers) -> str | None:
 
 
 def _index(folder: Path, base: str) -> dict[str, str]:
-    table = read_table(folder / INDEX, base).get("weight_map")
+    index = read_table(folder / INDEX, base)
+    table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise _damaged(base, INDEX, "it has no weight_map")
     for file in table.values():
@@ -251,6 +293,11 @@ def _index(folder: Path, base: str) -> dict[str, str]:
             raise _damaged(
                 base, INDEX, f"its weight_map names {file!r}, which is no safetensors file of the same folder"
             )
+    if not isinstance(index.get("metadata"), dict):
+        raise MissingError(
+            f"The {INDEX} of the base model {base} has no object under the key metadata, which transformers needs.",
+            hint=f'Add "metadata": {{}} to {INDEX}, or copy that file again.',
+        )
     return table
 
 

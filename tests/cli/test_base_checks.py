@@ -43,7 +43,12 @@ CASES: dict[str, tuple[Change, int, str]] = {
     "stored quantized": (stored_as_gptq, 2, "stored as gptq with 4 bits"),
     "not causal": (not_causal, 2, "is not causal"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), 3, "holds a JSON list"),
-    "layers are a word": (lambda folder: edit(folder, num_hidden_layers="two"), 3, "config.json of the base model"),
+    "layers are a word": (lambda folder: edit(folder, num_hidden_layers="two"), 3, 'num_hidden_layers = "two" in its'),
+    "no positions": (
+        lambda folder: edit(folder, max_position_embeddings=0),
+        3,
+        "max_position_embeddings = 0, which must",
+    ),
     "own code": (
         lambda folder: edit(folder, model_type="own", auto_map={"AutoConfig": "a.B"}),
         2,

@@ -489,6 +489,55 @@ def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -
     assert tokenizer.pad_token == (tokenizer.eos_token if pad_is_end else None)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"targets": ("embed_tokens", "q_proj")},
+        {"targets": ("lm_head",)},
+        {"modules_to_save": ("embed_tokens", "lm_head")},
+    ],
+    ids=["embedding", "head", "whole"],
+)
+def test_the_official_finance_mode_refuses_adapted_embeddings_before_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    """Only where the base has no pad token of its own; the fast mode, and the base itself afterwards, are scored."""
+
+    def load(config: ModelConfig) -> Base:
+        base = load_base(config)
+        base.tokenizer.pad_token = None
+        return base
+
+    config = AdapterConfig(rank=2, **{"targets": ("q_proj",), **changed})
+    adapted = attach(load(MODEL), config)
+    write_adapter(
+        tmp_path / "peft_1",
+        adapted.tensors(),
+        config,
+        base_name="builtin:tiny",
+        revision=None,
+        resolved=adapted.resolved,
+    )
+    monkeypatch.setattr(module, "load_base", load)
+    lowest_logits(monkeypatch, 230)
+    lines(tmp_path / "fpb.jsonl", FPB[:3])
+    settings = settings_of(tmp_path / "out", tmp_path / "peft_1", bench="fpb", data_dir=tmp_path, mode="official")
+    with pytest.raises(UsageError, match="cannot resize its embeddings, which the adapter changes") as caught:
+        evaluate(settings)
+    assert "--mode fast" in caught.value.hint
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert evaluate(replace(settings, mode="fast")).results[0].score.n == 3
+    bench = module.Bench(MODEL)
+    bench.put_on(settings.subjects[0])
+    with pytest.raises(UsageError):
+        next(answer_finance(bench.base, ["Profit rose. Answer: "]))
+    bench.check_base(settings.subjects[0])
+    assert len(list(answer_finance(bench.put_on(Subject(BASE)), ["Profit rose. Answer: "]))) == 1
+    bench.check_base(Subject(BASE))
+    monkeypatch.setattr(module, "load_base", load_base)  # with a pad token of its own
+    assert evaluate(settings).results[0].score.n == 3
+
+
 def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both modes; the official one in its padded batches of 32, of which only the unfinished ones are asked again."""
     lowest_logits(monkeypatch, 230)

@@ -167,6 +167,14 @@ def test_settings_of_generate_are_kept(base: Base, name: str) -> None:
     assert on(base, asked, choice.path) == plainly(base, asked)
 
 
+def test_beams_are_searched_one_prompt_at_a_time(base: Base) -> None:
+    """A beam may go on after the answer has ended, so there are more logits than tokens."""
+    base.model.generation_config.num_beams = 3
+    choice = choose_path(base, requests(base, 8), Budget(2048))
+    assert choice.path is None
+    assert "num_beams" in choice.reason
+
+
 def test_a_stop_token_that_is_text_stays_in_the_answer(base: Base) -> None:
     asked = requests(base, 12)
     token = next(iter(answer_one_by_one(base, asked[:1], 0)))[0].tokens[3]

@@ -64,6 +64,27 @@ REFUSED = {
     "a newer record": (json.dumps([record(format=FORMAT + 1)]), "newer version"),
     "a newer file": (json.dumps({"format": FORMAT + 7, "results": []}), "newer version"),
     "a newer record of another form": (json.dumps([{"format": 99}]), "newer version"),
+    "a number beyond every float": (
+        json.dumps([record(seconds=0)]).replace(": 0}", ": 1e999}"),
+        "'seconds' holds a number",
+    ),
+    "such an accuracy": (WHOLE.replace("0.25", "1e999", 1), "entry 1 .*'accuracy' holds a number that is too large"),
+    "an integer of 400 digits": (json.dumps([record(accuracy=10**400)]), "'accuracy' holds a number that is too large"),
+    "counts of 400 digits": (json.dumps([record(n=10**400, k=10**400, accuracy=1)]), "'n' holds a number"),
+    "an integer of 5,000 digits": (WHOLE.replace("0.25", "9" * 5000, 1), "'accuracy' holds a number"),
+    "half a character": (
+        json.dumps([record("\ud800")]),
+        r"entry 1 .*'subject' holds '\\ud800', which is no Unicode text",
+    ),
+    "half a character inside": (json.dumps([record(found=[{"of": ["\udfff"]}])]), "'of' holds .* no Unicode text"),
+    "half a character as a key": (json.dumps([record(found={"\ud800": 1})]), "'found' holds .* no Unicode text"),
+    "a key twice": (json.dumps([record()]).replace('"k": 2', '"k": 2, "k": 2'), "the key 'k' twice"),
+    "a result inside a list": (json.dumps([[record()]]), "entry 1 is no result"),
+    "too many levels": ("[" * 100_000, "more than 32 levels"),
+    "too many levels in a result": (
+        json.dumps([record(found=1)]).replace(": 1}", f": {'[' * 400}{']' * 400}}}"),
+        "32 levels",
+    ),
     "a format that is a text": (json.dumps([record(format="two")]), "entry 1 is no result"),
 }
 
@@ -84,6 +105,20 @@ def test_a_file_that_cannot_be_read_is_refused_and_stays(tmp_path: Path, name: s
         assert caught.value.hint
         assert file.read_text() == content
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_directory_in_its_place_is_refused_and_stays(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.mkdir()
+    for refusing in (
+        lambda: read_results(file),
+        lambda: add_results(file, [record()]),
+        lambda: prepare_folder(tmp_path),
+    ):
+        with pytest.raises(MissingError, match="it is a directory") as caught:
+            refusing()
+        assert f"mv {file} " in caught.value.hint
+    assert file.is_dir()
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

@@ -216,3 +216,10 @@ def test_damaged_results_are_named(run: Path) -> None:
         (run / "benchmarks" / "results.json").write_text(content)
         with pytest.raises(MissingError, match=r"results\.json"):
             card(open_run(str(run)))
+
+
+def test_a_result_on_an_unknown_benchmark_is_refused_with_its_file(run: Path) -> None:
+    write_results(run, [result(run / "peft_2", "no-such-bench", 45, 100)])
+    with pytest.raises(MissingError, match=r"results\.json holds a result on 'no-such-bench'") as caught:
+        card(open_run(str(run)))
+    assert caught.value.hint

@@ -139,6 +139,32 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
+@pytest.mark.parametrize("settings", [adapter(), adapter(("embed_tokens",)), adapter(modules_to_save=("lm_head",))])
+def test_a_head_that_the_base_stores_beside_the_embedding_is_kept(tmp_path: Path, settings: AdapterConfig) -> None:
+    """config.json says that the two are tied, and the files hold two: transformers takes the files' word, and so do we."""
+    base = small_llama(tmp_path / "base", tied=True)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    finished = opened(tmp_path, base, settings)
+    export_merged(finished, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    got, wanted = load_file(tmp_path / "out" / "model.safetensors"), by_peft(finished, base)
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-6)
+
+
+def test_the_same_head_stored_twice_stays_tied(tmp_path: Path) -> None:
+    base = small_llama(tmp_path / "base", tied=True)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    export_merged(opened(tmp_path, base, adapter()), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> FinishedRun:
     return opened(tmp_path, small_llama(tmp_path / "base"), adapter())

@@ -142,7 +142,9 @@ def test_what_is_missing_is_named(llama_folder: Path, tmp_path: Path) -> None:
     weights.rename(folder / "pytorch_model.bin")
     with pytest.raises(MissingError, match="no weights as safetensors; fedtune loads no pickles"):
         load(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-1.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"x": "model-1.safetensors"}})
+    )
     with pytest.raises(MissingError, match=r"lacks 1 of its weight files, such as model-1\.safetensors"):
         load(folder)
     (folder / "adapter_config.json").write_text("{}")

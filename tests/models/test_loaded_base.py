@@ -99,6 +99,33 @@ def test_an_extra_tensor_is_unexpected(tiny: Path) -> None:
     assert "unexpected: score.weight" in refusal(tiny)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to(
+    llama_folder: Path, tmp_path: Path, quantization: str, caplog: Any
+) -> None:
+    """The files' head is used, and stays when the two are resized."""
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "base"))
+    edit_config(folder, tie_word_embeddings=True)
+    base = load(folder, quantization=quantization)
+    assert "tie_word_embeddings = true, and the weight files hold a head" in caplog.text
+    ids = torch.arange(2, 18).reshape(2, 8)
+    logits = base.model(ids).logits
+    assert torch.equal(logits, load(llama_folder, quantization=quantization).model(ids).logits)
+    base.model.resize_token_embeddings(65, mean_resizing=False)
+    assert torch.equal(base.model(ids).logits[..., :64], logits)
+
+
+def test_a_head_that_is_the_embedding_stays_tied(llama_folder: Path, tmp_path: Path, caplog: Any) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "base"))
+    edit_config(folder, tie_word_embeddings=True)
+    edit_weights(
+        folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    )
+    model = load(folder).model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "tie_word_embeddings" not in caplog.text
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -356,9 +383,20 @@ def test_a_fault_of_the_model_while_computing_is_one_sentence(
     assert "--set model.quantization=none" in text
 
 
-def test_memory_that_runs_out_is_one_sentence(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_memory_that_runs_out_is_one_sentence(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("fedtune.models.base.AutoModelForCausalLM.from_pretrained", fail)
     assert "memory does not hold" in refusal(llama_folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,104 @@ def test_a_damaged_table_is_one_sentence(folder: Path, damage: Change) -> None:
     assert caught.value.hint
 
 
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+WRONG_KEYS: dict[str, tuple[dict[str, object], str]] = {
+    "activation": ({"hidden_act": "nothing"}, 'hidden_act = "nothing"'),
+    "rope type": ({"rope_parameters": ROPE | {"rope_type": "nothing"}}, 'rope_parameters.rope_type = "nothing"'),
+    "old rope type": ({"rope_parameters": None, "rope_scaling": {"type": "nothing"}}, 'rope_scaling.type = "nothing"'),
+    "rope base": ({"rope_parameters": ROPE | {"rope_theta": 0}}, "rope_theta = 0, which must be above 0"),
+    "padding": ({"pad_token_id": 5000}, "pad_token_id = 5000"),
+    "labels": ({"id2label": {"first": "a"}}, 'id2label.first = "a"'),
+    "labels are a list": ({"id2label": [1]}, "id2label = [1]"),
+    "number format": ({"dtype": "float99"}, 'dtype = "float99"'),
+    "word for a number": ({"num_hidden_layers": "two"}, "expected int, got str (value: 'two')"),
+    "heads": ({"num_attention_heads": 5}, "num_attention_heads = 5"),
+    "heads and width": ({"head_dim": None, "num_attention_heads": 12}, "num_attention_heads = 12 or hidden_size = 32"),
+    "rotary width": ({"head_dim": 7}, "requires an even rotary dimension"),
+    "layer types": ({"layer_types": ["nothing", "nothing"]}, 'layer_types = ["nothing", "nothing"]'),
+    "attention": ({"attn_implementation": "nothing"}, 'attn_implementation = "nothing"'),
+    "positions": ({"max_position_embeddings": 0}, "max_position_embeddings = 0, which must be above 0"),
+    "negative positions": ({"max_position_embeddings": -1}, "max_position_embeddings = -1, which must be above 0"),
+    "vocabulary": ({"vocab_size": 0}, "vocab_size = 0, which must be above 0"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers = 0, which must be above 0"),
+    "layers without end": ({"num_hidden_layers": 10**400}, "num_hidden_layers = 1000000"),
+    "width without end": ({"hidden_size": 10**400}, "which must be at most"),
+    "empty quantization": ({"quantization_config": {}}, "quantization_config = {}, which names no quantization"),
+    "no quantization": ({"quantization_config": False}, "quantization_config = false, which names no quantization"),
+    "empty compression": ({"compression_config": {}}, "compression_config = {}, which names no quantization"),
+    "two at once": ({"hidden_act": "nothing", "pad_token_id": 5000}, "pad_token_id = 5000"),
+}
+
+
+@pytest.mark.parametrize(("values", "words"), WRONG_KEYS.values(), ids=WRONG_KEYS)
+def test_a_wrong_key_of_the_config_is_named_in_load_and_plan(
+    folder: Path, values: dict[str, object], words: str
+) -> None:
+    edit_config(folder, **values)
+    for refusing in (
+        lambda: load(folder),
+        lambda: adapter_shapes(ModelConfig(base=str(folder), quantization="none"), AdapterConfig(), None),
+    ):
+        with pytest.raises(MissingError) as caught:
+            refusing()
+        text = str(caught.value)
+        assert words in text
+        assert "\n" not in text
+        assert re.search(r"(Correct|Remove) \w+.* (in|from) config\.json", caught.value.hint)
+
+
+OTHER_FILES: dict[str, tuple[str, dict[str, object], str]] = {
+    "new tokens": ("generation_config.json", {"max_new_tokens": -1}, "max_new_tokens = -1"),
+    "cache": ("generation_config.json", {"cache_implementation": "none"}, 'cache_implementation = "none"'),
+    "padding": ("generation_config.json", {"pad_token_id": "x"}, 'pad_token_id = "x"'),
+    "class": ("tokenizer_config.json", {"tokenizer_class": 5}, "tokenizer_class = 5"),
+    "side": ("tokenizer_config.json", {"padding_side": "up"}, 'padding_side = "up"'),
+    "token": ("tokenizer_config.json", {"eos_token": 5}, "eos_token = 5"),
+    "id": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder.x = {"),
+    "special": ("special_tokens_map.json", {"eos_token": [1]}, "eos_token = [1]"),
+    "added": ("added_tokens.json", {"a": "b"}, 'a = "b"'),
+}
+
+
+@pytest.mark.parametrize(("name", "values", "words"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_wrong_key_of_another_table_is_named_with_its_file(
+    folder: Path, name: str, values: dict[str, object], words: str
+) -> None:
+    file = folder / name
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    table = json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | values)
+    file.write_text(table)
+    with pytest.raises(MissingError) as caught:
+        load(folder)
+    assert f"because of {words}" in str(caught.value)
+    assert f" in its {name} (" in caught.value.message
+    assert re.match(rf"Correct \S+ in {re.escape(name)}, or", caught.value.hint)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after == {**before, name: table.encode()}
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_an_attention_that_is_not_installed_is_named(folder: Path) -> None:
+    edit_config(folder, attn_implementation="flash_attention_2")
+    with pytest.raises(MissingError, match='attn_implementation = "flash_attention_2" in its') as caught:
+        load(folder)
+    assert caught.value.hint.startswith("Remove attn_implementation from config.json, install what it needs, or ")
+
+
+def test_a_config_that_asks_for_tuples_loads(folder: Path, llama_folder: Path, ids: torch.Tensor) -> None:
+    edit_config(folder, return_dict=False)
+    torch.testing.assert_close(load(folder).model(ids).logits, load(llama_folder).model(ids).logits, rtol=0, atol=0)
+
+
+def test_what_fails_for_another_reason_blames_no_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("nothing")
+
+    monkeypatch.setattr("fedtune.models.base.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(MissingError, match=r"cannot be loaded \(KeyError: 'nothing'\)\. Check its config"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     "damage", [d for n, d in DAMAGES.items() if n.startswith(("config.json", "layers", "width", "no "))]
 )
@@ -119,6 +219,14 @@ SHARD_DAMAGES: dict[str, tuple[Change, str]] = {
     "not JSON": (write(INDEX, "{"), "it is not JSON"),
     "a list": (write(INDEX, "[]"), "holds a JSON list"),
     "no map": (write(INDEX, '{"metadata": {}}'), "no weight_map"),
+    "no metadata": (
+        lambda f: (f / INDEX).write_text(json.dumps({"weight_map": json.loads((f / INDEX).read_text())["weight_map"]})),
+        f"{INDEX} .* no object under the key metadata, .*Add",
+    ),
+    "metadata is null": (
+        lambda f: (f / INDEX).write_text(json.dumps(json.loads((f / INDEX).read_text()) | {"metadata": None})),
+        f"{INDEX} .* no object under the key metadata",
+    ),
     "a path": (lambda f: edit_index(f, lambda m: m.update(x="../other.safetensors")), "names '../other.safetensors'"),
     "a pickle": (lambda f: edit_index(f, lambda m: m.update(x="weights.bin")), r"names 'weights\.bin'"),
     "shard gone": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "lacks 1 of its weight files"),
