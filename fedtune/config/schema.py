@@ -13,7 +13,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedtune.config.section import Section
-from fedtune.config.strategies import PRODUCT_STRATEGIES, FedAvg, FlexLoRA, StrategyConfig, replies_needed
+from fedtune.config.strategies import STRATEGIES, StrategyConfig
+from fedtune.config.strategies.averages import FedAvg
 
 BUILTIN_TINY = "builtin:tiny"
 
@@ -252,10 +253,6 @@ class CheckpointConfig(Section):
     """`peft_<round>` is written after every so many rounds and after the last."""
 
 
-_PRIVATE_STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "ffa-lora")
-"""Averages, and what follows from an average alone."""
-
-
 class FedTuneConfig(Section):
     """Everything that decides a run."""
 
@@ -279,15 +276,16 @@ class FedTuneConfig(Section):
     def _strategy_fits(self) -> Self:
         """What a strategy cannot be combined with; one sentence each, with the keys in question."""
         name, asked = self.strategy.name, self.federation.clients_per_round
-        if name in PRODUCT_STRATEGIES and self.adapter.dora:
+        if self.strategy.averages_products and self.adapter.dora:
             raise ValueError(f"strategy.name = {name} averages products BA and does not go with adapter.dora")
-        if isinstance(self.strategy, FlexLoRA) and max(self.strategy.ranks, default=0) > self.adapter.rank:
-            raise ValueError(f"strategy.ranks goes above adapter.rank ({self.adapter.rank})")
-        if asked < (needed := replies_needed(self.strategy)):
+        if problem := self.strategy.problem(self):
+            raise ValueError(problem)
+        if asked < (needed := self.strategy.replies_needed):
             raise ValueError(f"strategy.name = {name} needs {needed} clients a round, and {asked} are asked")
-        if self.privacy.mode != "none" and name not in _PRIVATE_STRATEGIES:
+        if self.privacy.mode != "none" and not self.strategy.supports_privacy:
+            private = [other for other, options in STRATEGIES.items() if options.supports_privacy]
             raise ValueError(
-                f"privacy.mode = {self.privacy.mode} goes with {', '.join(_PRIVATE_STRATEGIES)}, not with {name}: "
+                f"privacy.mode = {self.privacy.mode} goes with {', '.join(private)}, not with {name}: "
                 "its bound rests on an average of clipped updates"
             )
         return self

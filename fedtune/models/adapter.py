@@ -171,7 +171,7 @@ class AdaptedModel:
             for parameter, values in self._replaced.values():
                 parameter.copy_(values)
 
-    def set_offset(self, offset: Mapping[str, torch.Tensor]) -> None:
+    def set_base_delta(self, offset: Mapping[str, torch.Tensor]) -> None:
         """Add `offset` to the base's weights while the model computes, in place of what was added before; {} adds nothing.
 
         Args:
@@ -191,7 +191,7 @@ class AdaptedModel:
 
     def detach(self) -> Base:
         """Take the adapter off and return the base, free for another; this object is of no further use."""
-        self.set_offset({})
+        self.set_base_delta({})
         self._give_back()
         self._replaced = {}
         _take_off_whole_modules(self.base.model)

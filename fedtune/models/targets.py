@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
-from fedtune.config.strategies import PRODUCT_STRATEGIES
 from fedtune.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
@@ -135,7 +134,7 @@ def check_strategy(config: FedTuneConfig, not_linear: Iterable[str]) -> None:
     Raises:
         ConfigError: `strategy.name` is one of them, and the adapter is on embeddings or stacked experts.
     """
-    if config.strategy.name in PRODUCT_STRATEGIES and (names := list(not_linear)):
+    if config.strategy.averages_products and (names := list(not_linear)):
         problem = (
             f"{config.strategy.name} averages the products B·A of linear layers, and the adapter is on "
             f"{_listed(names)}, whose update is another; leave it out of adapter.targets or choose another strategy"

@@ -27,9 +27,9 @@ from fedtune.federation.node import NO_STATE, NodeSettings, config_on_node
 from fedtune.federation.privacy import composed_epsilon, exceeds, gaussian_epsilon, release_mu
 from fedtune.federation.supernode import answer
 from fedtune.federation.train import train
-from fedtune.federation.wire import encode
 from fedtune.federation.workspace import NodeWorkspace
 from fedtune.models.adapter import initial_tensors
+from fedtune.protocol.arrays import encode
 from fedtune.runs.directory import RunDirectory, file_sha256
 
 PRIVACY = PrivacyConfig(mode="local", noise_multiplier=5.0, epsilon=4.0)

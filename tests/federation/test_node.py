@@ -47,9 +47,9 @@ from fedtune.federation.credentials import check_ca, check_key, check_superlink
 from fedtune.federation.node import NODE_KEY, NodeSettings, Term, config_on_node, privacy_terms
 from fedtune.federation.privacy import Accountant
 from fedtune.federation.supernode import answer
-from fedtune.federation.wire import encode
 from fedtune.federation.workspace import NodeWorkspace, workspace_of_client
 from fedtune.models.adapter import initial_tensors
+from fedtune.protocol.arrays import encode
 
 PROJECT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

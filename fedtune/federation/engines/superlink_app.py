@@ -65,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
             try:
                 rounds = prepared(PromptGrid(grid), config_json, run)
                 mirror.sync()
-                rounds.go()
+                rounds.run_rounds()
             except Exception:
                 log.debug("The server ended with an error.", exc_info=True)
                 raise

@@ -1,25 +1,26 @@
-"""Which replies may be aggregated, and why the others may not.
+"""Decides which replies may be aggregated, and why the others may not.
 
-A client is not trusted: its reply may be late, doubled, of another round, of other shapes, huge, or not finite. Whatever is
-wrong costs the client its place in the round, with a reason in the log, and never the run. Sizes are checked before
-anything is decoded.
+A client is not trusted: its reply may be late, doubled, of another round, of other shapes, huge, or not finite. Such a reply is
+rejected with a reason in the log; it never ends the run. Sizes are checked before anything is decoded.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message
 from flwr.common.constant import ErrorCode
 
-from fedtune.budget.count import CODECS, Shapes, serialised_bytes, wire_bytes
-from fedtune.federation.wire import WireError, decode
+from fedtune.config.strategies.base import Shapes
 from fedtune.models.adapter import AdapterTensors
+from fedtune.protocol.arrays import decode
+from fedtune.protocol.message_size import serialised_bytes
+from fedtune.protocol.messages import TrainReply, WireError
+from fedtune.protocol.wire_format import CODECS, wire_bytes
 
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
 """Keys of the records in a message."""
@@ -33,8 +34,6 @@ NO_ANSWER = frozenset(
     )
 )
 """Codes of error replies that Flower gives in place of a client that is gone."""
-
-Metric = int | float | list[int] | list[float]
 
 _ALLOWANCE_BYTES = 2**20
 """What a reply may hold beyond its arrays' counted bytes: headers, shapes, metrics, per-step losses."""
@@ -58,7 +57,7 @@ class Accepted:
 
     client: Client
     tensors: AdapterTensors
-    metrics: Mapping[str, Metric]
+    report: TrainReply
     status: Literal["ok"] = "ok"
     reason: str = ""
 
@@ -86,13 +85,13 @@ class Expected:
     """What packed tensors are differences from; those that are not in it come whole."""
 
 
-class Screen:
-    """The screen of one round."""
+class ReplyValidator:
+    """Validates the replies of one round."""
 
     def __init__(
         self, server_round: int, expected: Sequence[Expected], form: str, max_examples: int, *, with_loss: bool = True
     ) -> None:
-        """Set up a screen.
+        """Set up the validator.
 
         Args:
             server_round: The round, from 1.
@@ -108,8 +107,8 @@ class Screen:
         self.max_examples = max_examples
         self._seen: set[int] = set()
 
-    def admit(self, reply: Message) -> Accepted | Refused:
-        """Judge one reply; never raises on anything that a client can send."""
+    def validate(self, reply: Message) -> Accepted | Refused:
+        """Return the verdict on one reply; never raises on anything that a client can send."""
         expected = self.expected.get(reply.metadata.src_node_id)
         if expected is None:
             return Refused(None, "this node was not asked in this round")
@@ -130,25 +129,18 @@ class Screen:
         largest = wire_bytes(expected.shapes, self.form) + _ALLOWANCE_BYTES + 512 * len(expected.shapes)
         if size > largest:
             raise WireError(f"the reply is {size} bytes; at most {largest} were expected")
-        arrays, metrics = reply.content.get(ARRAYS), reply.content.get(METRICS)
-        if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
-            raise WireError(f"the reply lacks its {ARRAYS!r} or {METRICS!r} record")
-        if metrics.get("server-round") != self.server_round:
-            raise WireError(f"the reply is of round {metrics.get('server-round')!r}, not {self.server_round}")
+        arrays = reply.content.get(ARRAYS)
+        if not isinstance(arrays, ArrayRecord):
+            raise WireError(f"the reply lacks its {ARRAYS!r} record")
         most = min(client.rows, self.max_examples)
-        examples = metrics.get("num-examples")
-        if not isinstance(examples, int | float) or not math.isfinite(examples) or not 0 < examples <= most:
-            raise WireError(f"num-examples is {examples!r}, not a number above 0 and at most {most}")
-        loss = metrics.get("train-loss")
-        if (self.with_loss or loss is not None) and (not isinstance(loss, int | float) or not math.isfinite(loss)):
-            raise WireError(f"train-loss is {loss!r}, not a finite number")
+        report = TrainReply.from_record(reply.content.get(METRICS), self.server_round, most, with_loss=self.with_loss)
         tensors = decode(arrays, expected.shapes, self.form)
         if self.form in CODECS:
             tensors = added(tensors, expected.reference)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise WireError(f"{name} holds values that are not finite")
-        return Accepted(client, tensors, dict(metrics))
+        return Accepted(client, tensors, report)
 
 
 def added(differences: AdapterTensors, reference: AdapterTensors) -> AdapterTensors:

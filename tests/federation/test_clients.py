@@ -10,10 +10,10 @@ from test_rounds import config_of, rounds_of, value
 
 from fedtune.budget.ledger import read_ledger
 from fedtune.errors import FederationError
-from fedtune.federation import roster
+from fedtune.federation import clients as module
 from fedtune.federation.engines.in_process import InProcessGrid
 from fedtune.federation.events import ClientsAwaited, ClientsMet, Event, RoundDone, listening
-from fedtune.federation.screen import METRICS
+from fedtune.protocol.messages import METRICS
 from fedtune.runs.atomic import read_json_lines
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("flower_identity")
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "_POLL_S", 0.001)
+    monkeypatch.setattr(module, "_POLL_S", 0.001)
 
 
 class Visitors(InProcessGrid):
@@ -63,7 +63,7 @@ def go(folder: Path, grid: Visitors, *settings: str) -> tuple[float, list[Event]
     """Run the loop of tests/federation/test_rounds.py on the nodes of a grid."""
     rounds, events = rounds_of(folder, config_of(*settings), grid=grid), list[Event]()
     with listening(events.append):
-        rounds.go()
+        rounds.run_rounds()
     return value(rounds), events
 
 
@@ -130,7 +130,7 @@ def test_a_node_that_is_started_again_with_its_right_number_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
     """With its key it is the same node to Flower, and nothing says that it was started anew; be it the first or the second."""
-    monkeypatch.setattr(roster, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(module, "_AGAIN_S", 0.05)
     grid = Visitors([5, 6, 7], clients={5: 0, 6: 2, 7: 2})
     rounds = rounds_of(tmp_path / "run", config_of(), grid=grid)
     met: list[ClientsMet] = []
@@ -143,7 +143,7 @@ def test_a_node_that_is_started_again_with_its_right_number_is_asked_again(
             met.append(event)
 
     with listening(mend):
-        rounds.go()
+        rounds.run_rounds()
     assert value(rounds) == pytest.approx(2 * 14 / 6)
     assert grid.asked == [5, 6, 7, 6, 7]
     assert met == [ClientsMet([5, wrong, 13 - wrong], [1, 2, 3])]
@@ -153,8 +153,8 @@ def test_a_node_that_is_started_again_with_its_right_number_is_asked_again(
     ("content", "said"),
     [
         (RecordDict({METRICS: MetricRecord({"partition-id": 7, "rows": 3})}), "says it is client 7, and .* 0 to 2"),
-        (RecordDict({METRICS: MetricRecord({"partition-id": 1, "rows": 0})}), "client 1 has no rows"),
-        (RecordDict({METRICS: MetricRecord({"partition-id": 1, "rows": [3]})}), "client 1 has no rows"),
+        (RecordDict({METRICS: MetricRecord({"partition-id": 1, "rows": 0})}), "client 1 and has no rows"),
+        (RecordDict({METRICS: MetricRecord({"partition-id": 1, "rows": [3]})}), "client 1 and has no rows"),
         (RecordDict({METRICS: MetricRecord({"partition-id": 1.5, "rows": 3})}), "says it is client 1.5"),
         (RecordDict({METRICS: MetricRecord({"rows": 3})}), "does not say which client it is"),
         (RecordDict(), "does not say which client it is"),

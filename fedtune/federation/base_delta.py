@@ -1,7 +1,8 @@
-"""What some algorithms add to the base: a sum of products, kept as factors while that is smaller, sent with the adapter.
+"""What some algorithms add to the base: a sum of products, kept as factors while they are smaller, sent with the adapter.
 
-The base may be quantized and is never changed; clients add the offset to what its modules put out (`AdaptedModel.set_offset`).
-In files the offset and the adapter are one LoRA adapter of a higher rank, which PEFT reads as any other.
+The base may be quantized and is never changed; clients add the delta to the outputs of its modules
+(`AdaptedModel.set_base_delta`). In files the delta and the adapter are one LoRA adapter of a higher rank, which PEFT reads as any
+other.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fedtune.budget.count import Shapes
-from fedtune.budget.traffic import OFFSET, OFFSET_A, OFFSET_B, A, B, down_shapes, is_dense, modules
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
-from fedtune.federation.screen import Client
+from fedtune.config.strategies.base import A, B, Shapes, modules
+from fedtune.config.strategies.base_delta import DELTA, DELTA_A, DELTA_B, is_dense
+from fedtune.federation.reply_validator import Client
 from fedtune.federation.strategies.base import Algorithm, Outgoing
 from fedtune.models.adapter import AdapterTensors
 
@@ -23,53 +24,55 @@ Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """By module: (out_features, R) and (R, in_features)."""
 
 
-class OffsetAlgorithm(Algorithm):
+class BaseDeltaAlgorithm(Algorithm):
     """An algorithm that adds to the base; what it adds, and when, the algorithms say."""
 
     def __init__(self, config: FedTuneConfig, shapes: Shapes) -> None:
         """Set up with nothing added."""
         super().__init__(config, shapes)
-        self.offset: AdapterTensors = {}
+        self.delta: AdapterTensors = {}
         self.rank = 0
-        """Rank of the offset's factors; counts on where they have become one matrix."""
+        """Rank of the delta's factors; it grows on where they have become one matrix."""
 
     def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:
-        """Send the offset, and what of the adapter travels."""
-        wanted = down_shapes(self.config, self.shapes, server_round, clients[0].partition, self.rank)
-        held = adapter | self.offset
+        """Send the delta, and what of the adapter travels."""
+        wanted = self.config.strategy.down_shapes(
+            self.config, self.shapes, server_round, clients[0].partition, self.rank
+        )
+        held = adapter | self.delta
         tensors = {name: held[name] for name in wanted}
         return [Outgoing(client, tensors, {"offset-rank": self.rank}) for client in clients]
 
     def add(self, factors: Factors) -> None:
-        """Add products of factors, all of one rank, to the offset."""
+        """Add products of factors, all of one rank, to the delta."""
         self.rank += next(left.shape[1] for left, _ in factors.values())
-        offset: AdapterTensors = {}
+        delta: AdapterTensors = {}
         for module, (left, right) in factors.items():
-            before = product_of(self.offset, module)
+            before = product_of(self.delta, module)
             if is_dense(self.rank, left.shape[0], right.shape[1]):
                 total = (left.double() @ right.double()).float()
-                offset[module + OFFSET] = total if before is None else total + before[0] @ before[1]
+                delta[module + DELTA] = total if before is None else total + before[0] @ before[1]
             else:
-                offset[module + OFFSET_A] = right if before is None else torch.cat([before[1], right])
-                offset[module + OFFSET_B] = left if before is None else torch.cat([before[0], left], dim=1)
-        self.offset = {name: tensor.contiguous() for name, tensor in offset.items()}
+                delta[module + DELTA_A] = right if before is None else torch.cat([before[1], right])
+                delta[module + DELTA_B] = left if before is None else torch.cat([before[0], left], dim=1)
+        self.delta = {name: tensor.contiguous() for name, tensor in delta.items()}
 
     def state(self) -> AdapterTensors:
-        """Return the offset and its rank."""
-        return {**self.offset, _RANK: torch.tensor(self.rank)}
+        """Return the delta and its rank."""
+        return {**self.delta, _RANK: torch.tensor(self.rank)}
 
     def restore(self, state: AdapterTensors) -> None:
-        """Take up the offset."""
-        self.offset = {name: tensor for name, tensor in state.items() if name != _RANK}
+        """Restore the delta."""
+        self.delta = {name: tensor for name, tensor in state.items() if name != _RANK}
         self.rank = int(state[_RANK])
 
     def published(self, adapter: AdapterTensors) -> tuple[AdapterTensors, AdapterConfig]:
-        """Return adapter and offset as one adapter of scale 1, whose rank is the same for all modules: filled up with zeros."""
+        """Return adapter and delta as one adapter of scale 1, whose rank is the same for all modules: filled up with zeros."""
         parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for module in modules(self.shapes):
             left, right = adapter[module + B] * self.config.adapter.scale, adapter[module + A]
             parts[module] = [(left, right)] if left.any() else []
-            if (held := product_of(self.offset, module)) is not None:
+            if (held := product_of(self.delta, module)) is not None:
                 most = min(self.rank, held[0].shape[0], held[1].shape[1])
                 parts[module].append(split(*held, most) if held[0].shape[1] > most else held)
         rank = max(1, *(sum(left.shape[1] for left, _ in pairs) for pairs in parts.values()))
@@ -85,12 +88,12 @@ class OffsetAlgorithm(Algorithm):
         return tensors, self.config.adapter.model_copy(update={"rank": rank, "alpha": rank, "rslora": False})
 
 
-def product_of(offset: AdapterTensors, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+def product_of(delta: AdapterTensors, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the factors of what is added to a module; a matrix as itself times the identity."""
-    if (dense := offset.get(module + OFFSET)) is not None:
+    if (dense := delta.get(module + DELTA)) is not None:
         return dense, torch.eye(dense.shape[1])
-    if module + OFFSET_A in offset:
-        return offset[module + OFFSET_B], offset[module + OFFSET_A]
+    if module + DELTA_A in delta:
+        return delta[module + DELTA_B], delta[module + DELTA_A]
     return None
 
 

@@ -8,13 +8,18 @@ low half, each plus 8. Scales are float32. bf16 is PyTorch's own rounding, witho
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fedtune.budget.count import PACKED_FORMATS, WIRE_FORMATS, PackedFormat, Shapes
-from fedtune.models.adapter import AdapterTensors
+from fedtune.config.strategies.base import Shapes
+from fedtune.protocol.wire_format import PACKED_FORMATS, WIRE_FORMATS, PackedFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.models.adapter import AdapterTensors
 
 _LEVELS = {8: 127, 4: 7}
 
@@ -22,7 +27,7 @@ _LEVELS = {8: 127, 4: 7}
 def pack(tensors: AdapterTensors, name: str) -> bytes:
     """Return `tensors` (float32) in the packed format `name`, in their order: each tensor's scales, then its values."""
     form = PACKED_FORMATS[name]
-    return b"".join(_pack_tensor(tensor.detach().to("cpu", torch.float32), form) for tensor in tensors.values())
+    return b"".join(_pack_tensor(tensor.detach().cpu().float(), form) for tensor in tensors.values())
 
 
 def unpack(data: bytes | memoryview, shapes: Shapes, name: str) -> AdapterTensors:
@@ -38,13 +43,17 @@ def unpack(data: bytes | memoryview, shapes: Shapes, name: str) -> AdapterTensor
 
 def plain_bytes(tensor: torch.Tensor, dtype: str) -> bytes:
     """Return a float32 CPU tensor's values in a wire dtype, one after another."""
+    import torch
+
     values = tensor.to(torch.bfloat16).contiguous().view(torch.uint16) if dtype == "bf16" else tensor.contiguous()
-    with np.errstate(over="ignore"):  # what does not fit fp16 becomes infinite, for the screen to refuse
+    with np.errstate(over="ignore"):  # what does not fit fp16 becomes infinite, which the validator refuses
         return bytes(values.numpy().astype(WIRE_FORMATS[dtype].npy, copy=False).tobytes())
 
 
 def plain_values(data: bytes | memoryview, dtype: str) -> torch.Tensor:
     """Return what `plain_bytes` has written, flat and as float32."""
+    import torch
+
     values = np.frombuffer(data, WIRE_FORMATS[dtype].npy)
     if dtype == "bf16":
         return torch.from_numpy(values.copy()).view(torch.bfloat16).to(torch.float32)
@@ -59,7 +68,7 @@ def _pack_tensor(tensor: torch.Tensor, form: PackedFormat) -> bytes:
     blocks = np.zeros((-(-len(values) // form.block), form.block), np.float32)
     blocks.ravel()[: len(values)] = values
     scales = (np.abs(blocks).max(axis=1) / np.float32(levels)).astype("<f4")
-    # A scale that underflows to 0 stands for a block of zeros; one that is not finite goes through, for the screen to refuse.
+    # A scale that underflows to 0 stands for a block of zeros; one that is not finite goes through, which the validator refuses.
     with np.errstate(invalid="ignore"):
         steps = np.divide(blocks, scales[:, None], out=np.zeros_like(blocks), where=scales[:, None] > 0)
     rounded = np.nan_to_num(np.rint(steps), nan=0.0).clip(-levels, levels).astype(np.int8).ravel()[: len(values)]
@@ -67,6 +76,8 @@ def _pack_tensor(tensor: torch.Tensor, form: PackedFormat) -> bytes:
 
 
 def _unpack_tensor(data: bytes | memoryview, count: int, form: PackedFormat) -> torch.Tensor:
+    import torch
+
     if form.dtype:
         return plain_values(data, form.dtype)
     blocks = -(-count // form.block)

@@ -15,7 +15,8 @@ from flwr.serverapp import Grid
 from fedtune.config.schema import FederationConfig
 from fedtune.errors import FederationError
 from fedtune.federation.events import ClientsAwaited, ClientsMet, tell
-from fedtune.federation.screen import METRICS, NO_ANSWER, Client, printable
+from fedtune.federation.reply_validator import NO_ANSWER, Client, printable
+from fedtune.protocol.messages import METRICS, ClientDescription, WireError
 
 _POLL_S = 1.0
 _AGAIN_S = 15.0
@@ -46,7 +47,7 @@ class Roster:
         """Which client each node says it is, or why it is none."""
         self._clients: dict[int, Client] = {}
 
-    def meet(self) -> None:
+    def wait_for_clients(self) -> None:
         """Wait until all clients are there.
 
         Raises:
@@ -76,7 +77,7 @@ class Roster:
         clients = [self._clients[partition] for partition in self._wanted]
         tell(ClientsMet([client.node for client in clients], [client.rows for client in clients]))
 
-    def now(self) -> list[Client]:
+    def current(self) -> list[Client]:
         """Return the clients in partition order, each on the node that it is on by now; one that is gone stays on its last."""
         online = set(self._grid.get_node_ids())
         if any(client.node not in online for client in self._clients.values()):
@@ -110,7 +111,7 @@ class Roster:
             node = reply.metadata.src_node_id
             if reply.has_error() and reply.error.code in NO_ANSWER:
                 continue
-            said = self._said[node] = self._heard(node, reply)
+            said = self._said[node] = self._read(node, reply)
             if isinstance(said, Client):
                 # Only the answer says which client the question went to.
                 self._note(said.partition, questions[node], reply)
@@ -122,20 +123,15 @@ class Roster:
             if node in online and isinstance(said, Client):
                 self._clients.setdefault(said.partition, said)
 
-    def _heard(self, node: int, reply: Message) -> Client | str:
+    def _read(self, node: int, reply: Message) -> Client | str:
         """Return which client a node says it is, or why it is none."""
         if reply.has_error():
             return f"node {node}: {printable(reply.error.reason or 'an error without a reason')}"
         try:
-            metrics = reply.content.metric_records[METRICS]
-            partition, rows = metrics["partition-id"], metrics["rows"]
-        except KeyError:
-            return f"node {node} does not say which client it is"
-        if not isinstance(partition, int) or partition not in self._wanted:
-            return f"node {node} says it is client {partition}, and there are clients 0 to {self._wanted[-1]}"
-        if not isinstance(rows, int) or rows < 1:
-            return f"client {partition} has no rows"
-        return Client(node, partition, rows)
+            found = ClientDescription.from_record(reply.content.get(METRICS), len(self._wanted))
+        except WireError as error:
+            return f"node {node} {error}"
+        return Client(node, found.partition, found.rows)
 
     def _doubles(self, nodes: Collection[int]) -> list[int]:
         """Return which clients more than one of the nodes says it is."""

@@ -1,37 +1,40 @@
-"""Adapter <-> ArrayRecord: names, shapes, wire dtypes and codecs.
+"""Writes an adapter's tensors into the arrays of a message, and reads them.
 
-float32 and fp16 travel as plain npy arrays, so that float32 messages have the very bytes that the leaderboard counts.
-bf16, which numpy lacks, travels as its 16-bit patterns under a type name of its own; a packed format is one array of bytes that
-holds all tensors. Whatever arrives is compared, header
-included, with the bytes that an honest sender writes, before anything is decoded: a header is never parsed.
+float32 and fp16 travel as plain npy arrays, so that float32 messages have exactly the bytes that the leaderboard counts. bf16,
+which numpy lacks, travels as 16-bit patterns under its own type name; a packed format is one array of bytes that holds all
+tensors. A reader first compares everything, headers included, with the bytes that an honest sender writes: it never parses a
+header.
 """
 
 from __future__ import annotations
 
-import torch
-from flwr.app import Array, ArrayRecord
+from typing import TYPE_CHECKING
 
-from fedtune.budget.count import (
+from fedtune.config.strategies.base import Shapes
+from fedtune.protocol.codecs import pack, plain_bytes, plain_values, unpack
+from fedtune.protocol.messages import WireError
+from fedtune.protocol.wire_format import (
     PACKED,
     PACKED_FORMATS,
     WIRE_FORMATS,
-    Shapes,
     WireFormat,
     array_bytes,
     npy_header,
     packed_shapes,
     packed_wire_format,
 )
-from fedtune.federation.codec import pack, plain_bytes, plain_values, unpack
-from fedtune.models.adapter import AdapterTensors
 
+if TYPE_CHECKING:
+    import torch
+    from flwr.app import Array, ArrayRecord
 
-class WireError(ValueError):
-    """An array that arrived is not what was agreed on; the text is safe to log."""
+    from fedtune.models.adapter import AdapterTensors
 
 
 def encode(tensors: AdapterTensors, form: str) -> ArrayRecord:
     """Return `tensors` (names to float32 tensors) as an ArrayRecord in a wire dtype or packed format, in the tensors' order."""
+    from flwr.app import Array, ArrayRecord
+
     if form not in PACKED_FORMATS:
         return ArrayRecord({name: _encode_array(tensor, form) for name, tensor in tensors.items()})
     data = pack(tensors, form)
@@ -67,8 +70,10 @@ def check_names(found: set[str], expected: set[str]) -> None:
 
 
 def _encode_array(tensor: torch.Tensor, dtype: str) -> Array:
+    from flwr.app import Array
+
     form = WIRE_FORMATS[dtype]
-    values = plain_bytes(tensor.detach().to("cpu", torch.float32), dtype)
+    values = plain_bytes(tensor.detach().cpu().float(), dtype)
     data = npy_header(form.npy, tuple(tensor.shape)) + values
     return Array(dtype=form.name, shape=tuple(tensor.shape), stype=form.stype, data=data)
 

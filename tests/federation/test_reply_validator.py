@@ -8,10 +8,11 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
-from fedtune.budget.count import wire_bytes
-from fedtune.federation import screen as module
-from fedtune.federation.screen import ARRAYS, METRICS, Accepted, Client, Expected, Refused, Screen, printable
-from fedtune.federation.wire import encode
+from fedtune.federation import reply_validator as module
+from fedtune.federation.reply_validator import Accepted, Client, Expected, Refused, ReplyValidator, printable
+from fedtune.protocol.arrays import encode
+from fedtune.protocol.messages import ARRAYS, METRICS
+from fedtune.protocol.wire_format import wire_bytes
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
@@ -19,8 +20,10 @@ SHAPES = {"a": (2, 3), "b": (4,)}
 CLIENT = Client(node=7, partition=2, rows=10)
 
 
-def screen_of(form: str = "float32", *, reference: Mapping[str, torch.Tensor] | None = None, **options: bool) -> Screen:
-    return Screen(3, [Expected(CLIENT, SHAPES, dict(reference or {}))], form, 1000, **options)
+def screen_of(
+    form: str = "float32", *, reference: Mapping[str, torch.Tensor] | None = None, **options: bool
+) -> ReplyValidator:
+    return ReplyValidator(3, [Expected(CLIENT, SHAPES, dict(reference or {}))], form, 1000, **options)
 
 
 def reply(form: str = "float32", *, value: float = 1.0, error: Error | None = None, **metrics: object) -> Message:
@@ -36,30 +39,30 @@ def reply(form: str = "float32", *, value: float = 1.0, error: Error | None = No
 
 
 def reason(message: Message, **options: bool) -> str:
-    verdict = screen_of(**options).admit(message)
+    verdict = screen_of(**options).validate(message)
     assert isinstance(verdict, Refused)
     assert (verdict.client, verdict.status, verdict.absent) == (CLIENT, "refused", False)
     return verdict.reason
 
 
 def test_what_is_in_order_is_accepted() -> None:
-    verdict = screen_of().admit(reply())
+    verdict = screen_of().validate(reply())
     assert isinstance(verdict, Accepted)
-    assert (verdict.client, verdict.metrics["num-examples"]) == (CLIENT, 10)
+    assert (verdict.client, verdict.report.examples) == (CLIENT, 10)
     assert all(torch.equal(verdict.tensors[name], torch.ones(shape)) for name, shape in SHAPES.items())
 
 
 def test_a_node_that_was_not_asked() -> None:
     message = reply()
     message.metadata.__dict__["_src_node_id"] = 8
-    assert screen_of().admit(message) == Refused(None, "this node was not asked in this round")
+    assert screen_of().validate(message) == Refused(None, "this node was not asked in this round")
 
 
 def test_the_size_limit_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arrays' counted bytes, 512 for each array, and 1 MiB; it is held before anything is decoded."""
     largest = wire_bytes(SHAPES, "float32") + 2 * 512 + 2**20
     monkeypatch.setattr(module, "serialised_bytes", lambda message: largest)
-    assert isinstance(screen_of().admit(reply()), Accepted)
+    assert isinstance(screen_of().validate(reply()), Accepted)
     monkeypatch.setattr(module, "serialised_bytes", lambda message: largest + 1)
     monkeypatch.setattr(module, "decode", None)
     assert reason(reply()) == f"the reply is {largest + 1} bytes; at most {largest} were expected"
@@ -71,11 +74,13 @@ def test_examples_that_cannot_be(examples: object) -> None:
 
 
 def test_the_most_examples_of_any_client() -> None:
-    screen = Screen(3, [Expected(CLIENT, SHAPES, {})], "float32", 5)
-    verdict = screen.admit(reply())
+    screen = ReplyValidator(3, [Expected(CLIENT, SHAPES, {})], "float32", 5)
+    verdict = screen.validate(reply())
     assert isinstance(verdict, Refused)
     assert "at most 5" in verdict.reason
-    assert isinstance(Screen(3, [Expected(CLIENT, SHAPES, {})], "float32", 5).admit(reply(num_examples=5)), Accepted)
+    assert isinstance(
+        ReplyValidator(3, [Expected(CLIENT, SHAPES, {})], "float32", 5).validate(reply(num_examples=5)), Accepted
+    )
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, [0.5]])
@@ -86,25 +91,25 @@ def test_a_loss_that_is_told_is_a_finite_number(loss: object, with_loss: bool) -
 
 def test_a_loss_is_told_unless_clients_keep_it() -> None:
     assert reason(reply(train_loss=None)) == "train-loss is None, not a finite number"
-    assert isinstance(screen_of(with_loss=False).admit(reply(train_loss=None)), Accepted)
-    assert isinstance(screen_of(with_loss=False).admit(reply(train_loss=1)), Accepted)
+    assert isinstance(screen_of(with_loss=False).validate(reply(train_loss=None)), Accepted)
+    assert isinstance(screen_of(with_loss=False).validate(reply(train_loss=1)), Accepted)
 
 
 def test_packed_tensors_are_differences_from_the_reference_and_others_whole() -> None:
     """`a` has a reference of 10, `b` none."""
     reference = {"a": torch.full((2, 3), 10.0)}
-    verdict = screen_of("packed-int8", reference=reference).admit(reply("packed-int8", value=1.0))
+    verdict = screen_of("packed-int8", reference=reference).validate(reply("packed-int8", value=1.0))
     assert isinstance(verdict, Accepted)
     assert torch.equal(verdict.tensors["a"], torch.full((2, 3), 11.0))
     assert torch.equal(verdict.tensors["b"], torch.ones(4))
-    whole = screen_of("float32", reference=reference).admit(reply("float32", value=1.0))
+    whole = screen_of("float32", reference=reference).validate(reply("float32", value=1.0))
     assert isinstance(whole, Accepted)
     assert torch.equal(whole.tensors["a"], torch.ones(2, 3))
 
 
 def test_a_sum_that_is_not_finite_is_rejected_too() -> None:
     reference = {"a": torch.full((2, 3), 3e38)}
-    verdict = screen_of("packed-bf16", reference=reference).admit(reply("packed-bf16", value=3e38))
+    verdict = screen_of("packed-bf16", reference=reference).validate(reply("packed-bf16", value=3e38))
     assert isinstance(verdict, Refused)
     assert verdict.reason == "a holds values that are not finite"
 
@@ -122,11 +127,11 @@ def test_records_of_another_kind() -> None:
     for content in (RecordDict({ARRAYS: MetricRecord({"x": 1}), METRICS: MetricRecord({"x": 1})}), RecordDict()):
         answer = Message(content, reply_to=Message(RecordDict(), CLIENT.node, "train"))
         answer.metadata.__dict__["_src_node_id"] = message.metadata.src_node_id
-        assert reason(answer) == "the reply lacks its 'arrays' or 'metrics' record"
+        assert reason(answer) == "the reply lacks its 'arrays' record"
     swapped = RecordDict({ARRAYS: ArrayRecord(), METRICS: ArrayRecord()})
     answer = Message(swapped, reply_to=Message(RecordDict(), CLIENT.node, "train"))
     answer.metadata.__dict__["_src_node_id"] = CLIENT.node
-    assert reason(answer) == "the reply lacks its 'arrays' or 'metrics' record"
+    assert reason(answer) == "the reply lacks its 'metrics' record"
 
 
 @pytest.mark.parametrize(
@@ -134,14 +139,14 @@ def test_records_of_another_kind() -> None:
     [(2, "KeyError", "KeyError", False), (2, "", "no reason given", False), (1, "a\n\x1b[31mb", "a [31mb", False)],
 )
 def test_an_error_reply(code: int, text: str, expected: str, absent: bool) -> None:
-    verdict = screen_of().admit(reply(error=Error(code, text)))
+    verdict = screen_of().validate(reply(error=Error(code, text)))
     assert verdict == Refused(CLIENT, expected, "error", absent)
 
 
 def test_a_second_reply_is_rejected_whatever_the_first_was() -> None:
     screen = screen_of()
-    assert isinstance(screen.admit(reply(error=Error(2, "KeyError"))), Refused)
-    assert screen.admit(reply()) == Refused(CLIENT, "this client has already replied in this round")
+    assert isinstance(screen.validate(reply(error=Error(2, "KeyError"))), Refused)
+    assert screen.validate(reply()) == Refused(CLIENT, "this client has already replied in this round")
 
 
 def test_a_clients_text_is_one_line_and_not_long() -> None:

@@ -7,8 +7,9 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.budget.count import wire_bytes
-from fedtune.federation.wire import WireError, decode, encode
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.messages import WireError
+from fedtune.protocol.wire_format import wire_bytes
 
 SHAPES = st.dictionaries(
     st.text(min_size=1, max_size=30),

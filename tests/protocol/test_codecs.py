@@ -9,17 +9,18 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.budget.count import PACKED, PACKED_FORMATS, wire_bytes
 from fedtune.budget.plan import plan
 from fedtune.config.load import load_config
 from fedtune.evaluation.compare import compare
-from fedtune.federation.client import OWED, _reply
+from fedtune.federation.client import RESIDUAL, _reply
 from fedtune.federation.client_state import ClientState
-from fedtune.federation.codec import pack, unpack
 from fedtune.federation.node import NODE_KEY, NodeSettings
-from fedtune.federation.screen import added
+from fedtune.federation.reply_validator import added
 from fedtune.federation.train import train
-from fedtune.federation.wire import WireError, decode, encode
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.codecs import pack, unpack
+from fedtune.protocol.messages import WireError
+from fedtune.protocol.wire_format import PACKED, PACKED_FORMATS, wire_bytes
 
 SHAPES = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple), min_size=1, max_size=4).map(
     lambda shapes: {f"t{number}": shape for number, shape in enumerate(shapes)}
@@ -117,8 +118,8 @@ def test_error_feedback_loses_nothing_over_rounds(codec: str) -> None:
         received = added(decode(record, shapes, config.up_format), start)
         sent += received["w"] - start["w"]
         meant += outcome["w"] - start["w"]
-        assert torch.allclose(sent + kept[OWED + "w"], meant, atol=1e-5)
-    assert kept[OWED + "w"].abs().max() < 0.1
+        assert torch.allclose(sent + kept[RESIDUAL + "w"], meant, atol=1e-5)
+    assert kept[RESIDUAL + "w"].abs().max() < 0.1
 
 
 @pytest.mark.parametrize(("engine", "form"), [("in-process", "float32"), ("superlink", "joined-float32")])
