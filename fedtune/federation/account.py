@@ -26,8 +26,8 @@ from fedtune.federation.privacy import composed_epsilon, exceeds, new_key, relea
 from fedtune.models.adapter import AdapterTensors
 from fedtune.runs.atomic import sync_folder, write_bytes
 
-FOLDER, FILE, LOCK = "privacy", "account.json", "lock"
-"""Where accounts lie in a folder of state; the lock stays there, and shows that there has been an account."""
+FOLDER, FILE, LOCK, MADE = "privacy", "account.json", "lock", "made"
+"""Where accounts lie in a folder of state; `made` stays there, and shows that there has been an account."""
 
 ACCOUNT_OF_RUN = "this run"
 """Name of a client's account in a simulation, where the book lies in the run directory."""
@@ -88,10 +88,10 @@ class AccountBook:
                 sync_folder(self.state)
             except OSError as error:
                 raise MissingError(f"The folder {self.folder} cannot be made: {error.strerror}.") from None
-            with self._locked():
-                if not self.file.exists():  # another process may have been faster
-                    self._write({})
         with self._locked():
+            if self.is_new:  # no other process has been faster
+                self._write({})
+            (self.folder / MADE).touch(mode=0o600)
             self._read()
 
     def account(self, name: str) -> Account | None:
@@ -164,7 +164,13 @@ class AccountBook:
         return not self.file.is_file() and self.state not in self._seen and self._is_unused()
 
     def _is_unused(self) -> bool:
-        return not self.state.exists() or (self.state.is_dir() and not any(self.state.iterdir()))
+        """Whether the folder of state holds nothing, or what a process has that makes the book at this moment."""
+        if not self.state.is_dir():
+            return not self.state.exists()
+        if not self.folder.is_dir():
+            return not any(self.state.iterdir())
+        inside = {path.name for path in self.folder.iterdir() if not path.name.startswith(f".{FILE}.")}
+        return {path.name for path in self.state.iterdir()} == {FOLDER} and inside <= {LOCK}
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -301,6 +302,24 @@ def release_many(state: str, first: int, count: int) -> None:
     for number in range(first, first + count):
         book.key("data")
         book.release("data", private(number), PrivacyConfig(mode="local", noise_multiplier=1000.0), number + 1)
+
+
+def open_at_once(state: str, barrier: Any) -> None:
+    barrier.wait()
+    AccountBook(Path(state)).open()
+
+
+def test_processes_that_start_at_once_make_one_book(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(5):
+        barrier = fork.Barrier(4)
+        arguments = (str(tmp_path / f"state-{attempt}"), barrier)
+        workers = [fork.Process(target=open_at_once, args=arguments) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+        assert [worker.exitcode for worker in workers] == [0] * 4
 
 
 def test_processes_that_share_a_folder_lose_no_release(tmp_path: Path) -> None:
