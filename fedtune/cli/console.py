@@ -61,12 +61,27 @@ def guarded(command: Command) -> Command:
                 stderr.print_exception()
             if (trouble := os_error_in(error)) is not None:
                 fail(sentence_of(trouble), "", MissingError.exit_code)
+            if _is_out_of_memory(error):
+                hint = "Use a smaller model.base, adapter.rank or training.batch_size, or a machine with more memory."
+                fail(
+                    f"The machine's memory does not suffice ({(str(error).splitlines() or ['no reason given'])[0][:150]}).",
+                    hint,
+                    MissingError.exit_code,
+                )
             hint = "" if kwargs.get("debug") else "Run the same command with --debug to see where."
             fail(f"internal error: {type(error).__name__}: {error}", hint, FedTuneError.exit_code)
         finally:
             signal.signal(signal.SIGTERM, before)
 
     return run  # type: ignore[return-value]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from fedtune.models.base import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _interrupt(*_: object) -> NoReturn:

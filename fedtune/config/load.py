@@ -61,7 +61,9 @@ def load_config(
     user: list[tuple[str, Table]] = [(str(path), read_table(path)) for path in files]
     user += [(f"--set {setting}", parse_setting(setting)) for setting in settings]
     user += [(flag, nested(path, value)) for path, (flag, value) in (flags or {}).items()]
-    user += [(f"--{kind}", {kind: name}) for kind, name in (("challenge", challenge), ("recipe", recipe)) if name]
+    user += [
+        (f"--{kind}", {kind: name}) for kind, name in (("challenge", challenge), ("recipe", recipe)) if name is not None
+    ]
 
     chosen: Table = {}
     for _, table in user:

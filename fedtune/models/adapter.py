@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -481,14 +482,39 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise AdapterError(f"The adapter {folder} has no {CONFIG_FILE}.", hint=hint) from None
     except ValueError:
         raise AdapterError(f"The {CONFIG_FILE} of {folder} is not JSON.", hint=hint) from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise AdapterError(f"The {CONFIG_FILE} of {folder} is not a JSON object.", hint=hint)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"The adapter {folder} is of type {kind}; fedtune reads LoRA adapters.", hint=hint)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise AdapterError(f"The {WEIGHTS_FILE} of {folder} is damaged ({error}).", hint="Copy it anew.") from None
+    _check_numbers(folder, config, tensors)
     return SavedAdapter(tensors, config)
+
+
+def _check_numbers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse ranks and scales that are not numbers, and ranks that no tensor has, for which memory may not suffice."""
+    largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    for key, several in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        pattern = found if isinstance(found := config.get(several), dict) else {}
+        values = {key: config.get(key, 8)} | {f"{several}[{name!r}]": value for name, value in pattern.items()}
+        for place, value in values.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number:
+                problem = "which must be a number"
+            elif key == "r" and (value < 1 or value != int(value)):
+                problem = "which must be a whole number above 0"
+            elif key == "r" and value > largest:
+                problem = f"and the largest dimension of its tensors is {largest}"
+            else:
+                continue
+            raise AdapterError(
+                f"The {CONFIG_FILE} of {folder} has {place} = {json.dumps(value)[:40]}, {problem}.",
+                hint=f"Copy {CONFIG_FILE} again from the place where the adapter was trained.",
+            )
 
 
 def saved_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

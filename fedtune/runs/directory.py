@@ -292,6 +292,8 @@ def find_adapter(name: str, root: Path = RUNS) -> Path:
             return run.path / name
     there = [f"peft_{number}" for number in runs[-1].adapters()] if runs else []
     hint = f"The latest run, {runs[-1].path}, has {', '.join(there)}." if there else "Train one: fedtune train"
+    if path.is_dir():
+        raise MissingError(f"The folder {path} has no file adapter_config.json.", hint="Name the folder that holds it.")
     raise MissingError(f"There is no adapter {name!r}.", hint=hint)
 
 

@@ -139,3 +139,14 @@ def test_a_node_names_a_row_that_its_base_cannot_take(tiny: Path, tmp_path: Path
     ]
     mine = ["--set", 'data.instruction="{text}"', "--set", 'data.response="{answer}"']
     check(invoke("node", *node, *mine), 2, "Row 2 of mine.jsonl (counted from 1) holds the token '<sep>' (858)")
+
+
+def test_a_rank_that_no_memory_holds_is_no_internal_error(tmp_path: Path) -> None:
+    words = ["train", "--challenge", "tiny", "--dry-run", "--set", "adapter.rank=1000000000000"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 3
+    assert "memory does not suffice" in result.stderr
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["eval", "--bench", "tiny", "--peft", str(tmp_path / "empty")])
+    assert result.exit_code == 3
+    assert "has no file adapter_config.json" in " ".join(result.stderr.split())

@@ -245,3 +245,29 @@ def test_a_key_of_a_newer_peft_is_said(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_adapter(tmp_path / "peft_1").config["use_wonder"] is True
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("r", "8", 'has r = "8", which must be a number'),
+        ("r", 0, "has r = 0, which must be a whole number above 0"),
+        ("r", -4, "which must be a whole number above 0"),
+        ("r", 10**15, "the largest dimension of its tensors is"),
+        ("rank_pattern", {"q_proj": 10**12}, r"has rank_pattern\['q_proj'\] = 1000000000000"),
+        ("lora_alpha", float("nan"), "has lora_alpha = NaN, which must be a number"),
+        ("alpha_pattern", {"q_proj": None}, r"has alpha_pattern\['q_proj'\] = null"),
+    ],
+)
+def test_a_rank_or_scale_that_cannot_be_is_named(
+    folders: dict[str, Path], tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(AdapterError, match=said):
+        read_adapter(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(AdapterError, match="is not a JSON object"):
+        read_adapter(tmp_path)
