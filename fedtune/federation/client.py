@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies.base import Shapes
@@ -25,7 +24,8 @@ from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook, refusing
 from fedtune.federation.client_state import ClientState, state_of_node
 from fedtune.federation.events import StepDone, tell
-from fedtune.federation.node import ERRORS_PASS, NO_STATE, NODE_KEY, error_text
+from fedtune.federation.flower.compat import ErrorCode
+from fedtune.federation.node.policy import ERRORS_PASS, NO_STATE, NODE_KEY, error_text
 from fedtune.federation.privacy import noisy_average
 from fedtune.federation.strategies import client_part
 from fedtune.federation.workspace import NodeWorkspace, Workspace, workspace_of_client

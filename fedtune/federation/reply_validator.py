@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, Message
-from flwr.common.constant import ErrorCode
 
 from fedtune.config.strategies.base import Shapes
+from fedtune.federation.flower.compat import ErrorCode
+from fedtune.federation.flower.size import serialised_bytes
 from fedtune.models.adapter import AdapterTensors
 from fedtune.protocol.arrays import decode
-from fedtune.protocol.message_size import serialised_bytes
 from fedtune.protocol.messages import TrainReply, WireError
 from fedtune.protocol.wire_format import CODECS, wire_bytes
 

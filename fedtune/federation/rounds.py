@@ -26,13 +26,13 @@ from fedtune.errors import CapError, FederationError
 from fedtune.federation.clients import Roster
 from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, RoundStarted, tell
 from fedtune.federation.failures import FailureHistory, kind_of
+from fedtune.federation.flower.size import serialised_bytes
 from fedtune.federation.privacy import Accountant, new_key, noisy_average
 from fedtune.federation.reply_validator import Accepted, Client, Expected, Refused, ReplyValidator
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
 from fedtune.models.adapter import AdapterTensors, write_adapter
 from fedtune.protocol.arrays import decode, encode
-from fedtune.protocol.message_size import serialised_bytes
 from fedtune.protocol.messages import ARRAYS, CONFIG, TrainOrder
 from fedtune.protocol.sampling import sample
 from fedtune.protocol.wire_format import CODECS, wire_bytes

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies.base import Shapes
@@ -24,10 +23,6 @@ from fedtune.protocol.wire_format import (
     packed_shapes,
     packed_wire_format,
 )
-
-if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, Message
-    from flwr.app.metadata import Metadata
 
 _OBJECT_ID_LENGTH = 64
 """Flower names each serialised object by the sha256 of its content, in hex."""
@@ -54,36 +49,6 @@ class Span:
         return Span(self.low * count, self.high * count)
 
 
-def serialised_bytes(message: Message) -> int:
-    """Return the length of everything that Flower serialises for a message.
-
-    It is the sum of the lengths of the message's deflated objects, an object that occurs twice counted twice, without
-    the hashing that deflating costs.
-    """
-    from flwr.app import ArrayRecord
-
-    if not message.has_content():
-        return len(message.deflate())
-    records = 0
-    for record in message.content.values():
-        records += _array_record_bytes(record) if isinstance(record, ArrayRecord) else len(record.deflate())
-    return records + record_dict_bytes("RecordDict", list(message.content)) + _message_bytes(message.metadata)
-
-
-def _message_bytes(metadata: Metadata) -> int:
-    from flwr.common.serde_utils import metadata_to_proto
-    from flwr.proto.message_pb2 import Message as ProtoMessage
-
-    proto = metadata_to_proto(metadata)
-    proto.message_id = ""  # as Message.deflate leaves it out
-    return object_bytes("Message", 1, len(ProtoMessage(metadata=proto).SerializeToString(deterministic=True)))
-
-
-def _array_record_bytes(record: ArrayRecord) -> int:
-    sizes = [_flwr_array_bytes(len(one.data), one.dtype, one.shape, one.stype) for one in record.values()]
-    return record_dict_bytes("ArrayRecord", list(record)) + sum(sizes)
-
-
 def wire_record_bytes(shapes: Shapes, name: str) -> int:
     """Return the length of everything that Flower serialises for an ArrayRecord with tensors of `shapes`."""
     if name in PACKED_FORMATS:
@@ -93,7 +58,9 @@ def wire_record_bytes(shapes: Shapes, name: str) -> int:
 
 def adapter_record_bytes(shapes: Shapes, form: WireFormat) -> int:
     """Return the length of everything that Flower serialises for an ArrayRecord with an adapter of `shapes`."""
-    sizes = [_flwr_array_bytes(array_bytes(shape, form.npy), form.name, shape, form.stype) for shape in shapes.values()]
+    sizes = [
+        array_object_bytes(array_bytes(shape, form.npy), form.name, shape, form.stype) for shape in shapes.values()
+    ]
     return record_dict_bytes("ArrayRecord", list(shapes)) + sum(sizes)
 
 
@@ -103,7 +70,7 @@ def record_dict_bytes(kind: str, keys: Sequence[str]) -> int:
     return object_bytes(kind, len(keys), len(names.encode()))
 
 
-def _flwr_array_bytes(data_bytes: int, dtype: str, shape: Sequence[int], stype: str) -> int:
+def array_object_bytes(data_bytes: int, dtype: str, shape: Sequence[int], stype: str) -> int:
     sizes = [min(_CHUNK_BYTES, data_bytes - start) for start in range(0, data_bytes, _CHUNK_BYTES)]
     chunks = sum(object_bytes("ArrayChunk", 0, size) for size in sizes)
     body = json.dumps({"dtype": dtype, "shape": shape, "stype": stype, "arraychunk_ids": list(range(len(sizes)))})

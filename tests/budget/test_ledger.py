@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines, read_ledger
 from fedtune.errors import CapError, UsageError
-from fedtune.protocol.message_size import serialised_bytes
+from fedtune.federation.flower.size import serialised_bytes
 from fedtune.protocol.wire_format import adapter_bytes, npy_header
 
 SHAPES = st.dictionaries(

@@ -24,10 +24,12 @@ from fedtune.config.schema import Codec, FedTuneConfig
 from fedtune.config.strategies import STRATEGIES
 from fedtune.config.strategies.base import Shapes
 from fedtune.federation.engines.in_process import InProcessGrid
+from fedtune.federation.flower import size
+from fedtune.federation.flower.size import serialised_bytes
 from fedtune.models.shapes import adapter_shapes
 from fedtune.protocol import message_size, wire_format
 from fedtune.protocol.arrays import encode
-from fedtune.protocol.message_size import message_span, reply_span, serialised_bytes
+from fedtune.protocol.message_size import message_span, reply_span
 from fedtune.protocol.wire_format import WIRE_FORMATS
 from fedtune.units import parse_rate
 
@@ -75,7 +77,7 @@ def test_over_a_superlink_all_arrays_travel_as_one(dtype: str, width: int) -> No
     assert (planned.down_format, planned.up_format) == (f"joined-{dtype}", "packed-int8")
     record = zeros(shapes, planned.down_format)
     assert planned.message_bytes == record.count_bytes() == len("packed") + 128 + 48 * width
-    assert message_size.wire_record_bytes(shapes, planned.down_format) == message_size._array_record_bytes(record)
+    assert message_size.wire_record_bytes(shapes, planned.down_format) == size._array_record_bytes(record)
 
 
 @st.composite

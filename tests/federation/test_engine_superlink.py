@@ -31,10 +31,9 @@ from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.errors import CapError, ConfigError, FederationError, FedTuneError, MissingError, Problem, UsageError
 from fedtune.export.card import configuration_table
 from fedtune.export.finished import open_run
-from fedtune.federation.engines import mirror as mirrors
+from fedtune.federation.engines import run_sync as mirrors
 from fedtune.federation.engines import superlink, superlink_app
-from fedtune.federation.engines.connection import connection_of
-from fedtune.federation.engines.mirror import Copy, Failed, Mirror, Part, Receiver, Signed, copies_in, read_copies
+from fedtune.federation.engines.run_sync import Copy, Failed, Mirror, Part, Receiver, Signed, copies_in, read_copies
 from fedtune.federation.events import (
     AdapterSaved,
     ClientsAwaited,
@@ -46,6 +45,7 @@ from fedtune.federation.events import (
     RoundStarted,
     RunOpened,
 )
+from fedtune.federation.flower.connection import connection_of
 from fedtune.federation.server import prepared
 from fedtune.federation.train import train
 from fedtune.runs.directory import RunDirectory

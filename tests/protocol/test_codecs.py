@@ -14,7 +14,7 @@ from fedtune.config.load import load_config
 from fedtune.evaluation.compare import compare
 from fedtune.federation.client import RESIDUAL, _reply
 from fedtune.federation.client_state import ClientState
-from fedtune.federation.node import NODE_KEY, NodeSettings
+from fedtune.federation.node.policy import NODE_KEY, NodeSettings
 from fedtune.federation.reply_validator import added
 from fedtune.federation.train import train
 from fedtune.protocol.arrays import decode, encode

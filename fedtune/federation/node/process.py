@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flwr.common.constant import Status, SubStatus
-from flwr.supercore.app_utils import start_parent_process_monitor
-from flwr.supernode import start_client_internal
-from flwr.supernode.cli.flower_supernode import flower_supernode
+from fedtune.federation.flower.compat import (
+    Status,
+    SubStatus,
+    flower_supernode,
+    start_client_internal,
+    start_parent_process_monitor,
+)
 
 _POLL_S = 0.3
 _BUSY_S = 60.0

@@ -13,9 +13,9 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.supercore.address import parse_address
 
 from fedtune.errors import MissingError, UsageError
+from fedtune.federation.flower.compat import parse_address
 
 _MAKE_KEY = "Make a pair: ssh-keygen -t ecdsa -b 384 -N '' -f node-key"
 _ANSWER_S = 5.0

@@ -12,17 +12,19 @@ from pathlib import Path
 import click
 import httpx
 import typer
-from flwr.cli.constant import FLOWER_CONFIG_FILE
-from flwr.cli.flower_config import read_superlink_connection
-from flwr.cli.typing import SuperLinkConnection
-from flwr.cli.utils import init_http_client_from_connection
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.error import FlowerError
-from flwr.supercore.utils import get_flwr_home
 
 from fedtune.config.schema import FederationConfig
 from fedtune.errors import MissingError, UsageError
-from fedtune.federation.credentials import check_ca
+from fedtune.federation.flower.compat import (
+    FLOWER_CONFIG_FILE,
+    ControlHttpClient,
+    FlowerError,
+    SuperLinkConnection,
+    get_flwr_home,
+    init_http_client_from_connection,
+    read_superlink_connection,
+)
+from fedtune.federation.flower.credentials import check_ca
 
 
 @contextlib.contextmanager

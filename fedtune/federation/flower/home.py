@@ -1,7 +1,7 @@
 """A Flower of one's own: a private home, environment and app, and processes that end when we do.
 
 `flwr run` would otherwise use one SuperLink, home and port for everything that a user runs. What is started here has a keeper
-between itself and us, `python -m fedtune.federation.engines.flower_home PID COMMAND...`: it ends the command and whatever came
+between itself and us, `python -m fedtune.federation.flower.home PID COMMAND...`: it ends the command and whatever came
 of it when it is told to, when the command ends, and when process PID, which is us, is gone, kill -9 included.
 """
 
@@ -96,7 +96,7 @@ class FlowerHome:
         with log.open("ab") as sink:
             keeper = subprocess.Popen(
                 # -P: a file of the user's that is called like a module of Python's is none.
-                [sys.executable, "-P", "-m", "fedtune.federation.engines.flower_home", str(os.getpid()), *command],
+                [sys.executable, "-P", "-m", "fedtune.federation.flower.home", str(os.getpid()), *command],
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

@@ -22,26 +22,27 @@ from typing import NoReturn
 
 import httpx
 from flwr.app import Context, Error, Message
-from flwr.common.config import get_fab_config
-from flwr.common.constant import ErrorCode, SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, SendTaskHeartbeatRequest
-from flwr.supercore.constant import TaskType
-from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.interceptors import (
-    RuntimeTokenHttpInterceptor,
-    RuntimeVersionHttpInterceptor,
-    SuperExecAuthHttpInterceptor,
-)
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedtune.errors import ClientError, FederationError, MissingError
 from fedtune.federation import client as clientapp
 from fedtune.federation.account import AccountBook
-from fedtune.federation.engines.flower_home import free_port
-from fedtune.federation.node import NODE_KEY, NodeSettings, error_text
+from fedtune.federation.flower.compat import (
+    ErrorCode,
+    Fab,
+    HeartbeatSender,
+    ProtobufClientInterceptor,
+    RuntimeHttpClient,
+    SubStatus,
+    TaskType,
+    get_fab_config,
+    interceptors,
+    pull_task_input,
+    push_message,
+    push_task_output,
+    runtime_pb2,
+)
+from fedtune.federation.flower.home import free_port
+from fedtune.federation.node.policy import NODE_KEY, NodeSettings, error_text
 from fedtune.runs.log import LOG_NAME, run_log
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ _REJOIN_S = 2.0
 _END_S = 15.0
 """How long an ending SuperNode may take to say goodbye to its SuperLink."""
 
-_CHILD = "fedtune.federation.supernode_child"
+_CHILD = "fedtune.federation.node.process"
 
 
 def run_node(
@@ -141,15 +142,15 @@ def _supernode(flags: Sequence[str], address: str, secret: bytes) -> Iterator[su
 
 def _serve(address: str, secret: bytes, settings: NodeSettings, child: subprocess.Popen[bytes]) -> None:
     """Answer the SuperNode's messages one after another while it lives."""
-    door = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=[_ACQUIRE])
+    door = interceptors.SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=[_ACQUIRE])
     superexec = _client(address, door)
-    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    request = runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     try:
         while child.poll() is None:
             try:
                 found = superexec.AcquireTask(request)
             except httpx.TransportError:  # the SuperNode is not up yet, or it has gone
-                found = AcquireTaskResponse()
+                found = runtime_pb2.AcquireTaskResponse()
             if found.token:
                 try:
                     _answer_task(address, found.token, settings)
@@ -163,11 +164,11 @@ def _serve(address: str, secret: bytes, settings: NodeSettings, child: subproces
 
 def _answer_task(address: str, token: str, settings: NodeSettings) -> None:
     """Fetch the message of one task, answer it, and hand the answer to the SuperNode."""
-    client = _client(address, RuntimeTokenHttpInterceptor(token))
+    client = _client(address, interceptors.RuntimeTokenHttpInterceptor(token))
 
     def beat() -> bool:
         try:
-            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
         except httpx.HTTPError:
             return False
         return True
@@ -209,5 +210,5 @@ def answer(message: Message, context: Context, fab: Fab, settings: NodeSettings)
 
 def _client(address: str, interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
     """Return a client for the SuperNode's own door, which is on this machine and without TLS."""
-    version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+    version = interceptors.RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
     return RuntimeHttpClient.from_server_address(address, True, None, [version, interceptor])
