@@ -14,10 +14,10 @@ from click import Command, Context, Group, Parameter
 from pydantic_core import PydanticUndefined
 
 from fedtune.cli.app import app
+from fedtune.config.base import Section
 from fedtune.config.facts import load_preset, preset_names
 from fedtune.config.load import leaves, table_value
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.section import Section
 from fedtune.config.strategies import STRATEGIES
 
 HERE = Path(__file__).parent

@@ -17,9 +17,9 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from fedtune.config.base import Section
 from fedtune.config.facts import load_preset, table_value
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.section import Section
 from fedtune.config.strategies import STRATEGIES
 from fedtune.errors import ConfigError, Problem, UsageError
 

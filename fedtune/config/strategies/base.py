@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.config.section import Section
+from fedtune.config.base import Section
 
 if TYPE_CHECKING:
     from fedtune.config.schema import FedTuneConfig
