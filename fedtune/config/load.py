@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fedtune.config.base import Section
+from fedtune.config.base import keys_of
 from fedtune.config.facts import load_preset, table_value
 from fedtune.config.schema import FedTuneConfig
 from fedtune.config.strategies import STRATEGIES
@@ -174,17 +174,7 @@ def _toml_value(value: Any) -> str:
 
 def known_paths() -> list[str]:
     """Return every dotted path of the config, strategy options included."""
-    return sorted(set(_paths_of(FedTuneConfig, "")))
-
-
-def _paths_of(section: type[Section], prefix: str) -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        members = STRATEGIES.values() if name == "strategy" else [info.annotation]
-        for member in members:
-            if isinstance(member, type) and issubclass(member, Section):
-                yield from _paths_of(member, f"{prefix}{name}.")
-            else:
-                yield prefix + name
+    return sorted({path for path, _ in keys_of(FedTuneConfig)})
 
 
 def problems_of(error: ValidationError, origins: Mapping[str, str]) -> list[Problem]:

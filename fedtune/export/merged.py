@@ -18,12 +18,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.core_model_loading import revert_weight_conversion
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, FedTuneError, MissingError
@@ -33,6 +29,14 @@ from fedtune.export.folder import TOKENIZER_FILES, about_files, base_files, note
 from fedtune.export.package import MANIFEST, Exported, Package, make_room, package
 from fedtune.models.adapter import MAGNITUDE, AdapterError, attach_saved, reading_config
 from fedtune.models.base import Base, empty_model, free_memory_bytes, load_base, load_tokenizer
+from fedtune.models.compat import (
+    LoraEmbedding,
+    LoraLayer,
+    LoraLinear,
+    ParamWrapper,
+    has_swapped_features,
+    revert_weight_conversion,
+)
 from fedtune.models.hub import resolve_base
 from fedtune.models.stored import check_quantization, read_headers, read_table, weight_files
 from fedtune.runs.atomic import write_folder
@@ -244,7 +248,7 @@ def _target(finished: FinishedRun, path: str, module: LoraLayer, left: dict[str,
     scale = module.scaling["default"]
     if isinstance(module, ParamWrapper):
         # Some models store (experts, in_features, out_features).
-        turned = module.num_experts > 1 and not module._did_swap_in_out_features
+        turned = module.num_experts > 1 and not has_swapped_features(module)
         return Target(lora_a, lora_b, scale, turned, None, module.num_experts), module.parameter_name
     return Target(lora_a, lora_b, scale, embedding or module.fan_in_fan_out, magnitude), "weight"
 

@@ -21,8 +21,6 @@ import numpy as np
 import peft
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +28,7 @@ from fedtune.config.schema import AdapterConfig
 from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.models import integrity
 from fedtune.models.base import Base
+from fedtune.models.compat import BaseTunerLayer, ModulesToSaveWrapper
 from fedtune.models.targets import Targets, empty_copy, lora_config, quietly_adapted, resolve_targets, set_dropout
 from fedtune.runs.atomic import write_folder
 

@@ -99,12 +99,8 @@ NAMES = {
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(name)
-    module = NAMES[name]
-    return import_module(f"{module}.{name}") if name.endswith("_pb2") or name == "interceptors" else _of(module, name)
-
-
-def _of(module: str, name: str) -> Any:
-    return getattr(import_module(module), name)
+    holder = import_module(NAMES[name])
+    return getattr(holder, name) if hasattr(holder, name) else import_module(f"{NAMES[name]}.{name}")
 
 
 def set_message_id(message: Message, message_id: str) -> None:
@@ -120,7 +116,7 @@ def set_source(message: Message, node_id: int) -> None:
 @contextmanager
 def identity(run_id: int, node_id: int) -> Iterator[None]:
     """Tell Flower who this process is: a message takes its run and source from there. Flower's own engines do the same."""
-    identity: Any = _of("flwr.supercore.task_identity", "TaskIdentity")
+    identity: Any = __getattr__("TaskIdentity")
     before = identity._run_id, identity._node_id, identity._task_id
     identity.run_id, identity.node_id, identity.task_id = run_id, node_id, 0
     try:
