@@ -27,7 +27,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Opened:
+class SubmissionFolder:
     """A folder's files, none of them followed out of it."""
 
     path: Path
@@ -53,7 +53,7 @@ class Opened:
             return None
 
 
-def open_folder(path: Path) -> Opened:
+def open_folder(path: Path) -> SubmissionFolder:
     """List a folder.
 
     Raises:
@@ -74,7 +74,9 @@ def open_folder(path: Path) -> Opened:
         if len(files) > _MOST_FILES:
             raise UsageError(f"{path} holds more than {_MOST_FILES:,} files; it is no submission.")
     regular = [name for name in files if (path / name).is_file() and not (path / name).is_symlink()]
-    return Opened(path, tuple(sorted(regular, key=lambda name: (name.count("/"), name))), tuple(sorted(links)))
+    return SubmissionFolder(
+        path, tuple(sorted(regular, key=lambda name: (name.count("/"), name))), tuple(sorted(links))
+    )
 
 
 def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 from fedtune.budget.comm_cost import CommCost, check_figure, figures_of, read_comm_cost
 from fedtune.config.facts import LEADERBOARD_CAP_MIB, ineligible_because, load_preset, preset_names, table_value
 from fedtune.errors import ConfigError, FedTuneError
-from fedtune.export.opened import Finding, Opened, flat_table
-from fedtune.export.published import challenge_of
-from fedtune.export.scores import Artefact
+from fedtune.export.lint.folder import Finding, SubmissionFolder, flat_table
+from fedtune.export.lint.published import challenge_of
+from fedtune.export.lint.scores import Artefact
 from fedtune.export.submission_config import from_flat
 from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
@@ -45,7 +45,7 @@ class Declared:
         return name if isinstance(name, str) and name else None
 
 
-def declared_by(folder: Opened) -> tuple[Declared | None, list[Finding]]:
+def declared_by(folder: SubmissionFolder) -> tuple[Declared | None, list[Finding]]:
     """Read the pyproject.toml of a folder."""
     file = folder.first("pyproject.toml")
     if file is None:
@@ -110,7 +110,9 @@ def check_declared(declared: Declared, challenge: str | None) -> Iterator[Findin
         )
 
 
-def check_bytes(folder: Opened, readme: str | None, declared: Declared | None) -> tuple[CommCost | None, list[Finding]]:
+def check_bytes(
+    folder: SubmissionFolder, readme: str | None, declared: Declared | None
+) -> tuple[CommCost | None, list[Finding]]:
     """Return the folder's comm_cost.txt, and where it, the README's budget and the rounds do not fit together."""
     file = folder.first("comm_cost.txt")
     if file is None:
@@ -136,7 +138,7 @@ def check_bytes(folder: Opened, readme: str | None, declared: Declared | None) -
     return cost, findings
 
 
-def check_checkpoints(folder: Opened, artefacts: Sequence[Artefact], rounds: set[int]) -> Iterator[Finding]:
+def check_checkpoints(folder: SubmissionFolder, artefacts: Sequence[Artefact], rounds: set[int]) -> Iterator[Finding]:
     """Yield adapters and results that are not the last checkpoint's, the one that counts.
 
     Args:
@@ -157,7 +159,7 @@ def check_checkpoints(folder: Opened, artefacts: Sequence[Artefact], rounds: set
             yield Finding(numbers[max(numbers)], f"{kind} of the last checkpoint, {last}, are not here")
 
 
-def check_adapters(folder: Opened, readme: str | None, declared: Declared | None) -> Iterator[Finding]:
+def check_adapters(folder: SubmissionFolder, readme: str | None, declared: Declared | None) -> Iterator[Finding]:
     """Yield adapters that cannot be read, or that are not what pyproject.toml and README say."""
     flat = declared.flat if declared else {}
     for name in _adapter_folders(folder):
@@ -195,7 +197,7 @@ def is_pickle(name: str) -> bool:
     return name.lower().endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))
 
 
-def _budget(folder: Opened, readme: str, cost: CommCost) -> list[Finding]:
+def _budget(folder: SubmissionFolder, readme: str, cost: CommCost) -> list[Finding]:
     try:
         figures = figures_of(folder.path / readme, cost.cap_mib)
     except FedTuneError:
@@ -234,7 +236,7 @@ def _given(readme: str, word: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _adapter_folders(folder: Opened) -> list[str]:
+def _adapter_folders(folder: SubmissionFolder) -> list[str]:
     return [name.rpartition("/")[0] for name in folder.named(CONFIG_FILE)]
 
 

@@ -9,8 +9,8 @@ from fractions import Fraction
 
 from fedtune.errors import FedTuneError
 from fedtune.evaluation.artefacts import rescore
-from fedtune.export.opened import Finding, Opened
-from fedtune.export.published import AVERAGE, Figure, Line, row_count, selections
+from fedtune.export.lint.folder import Finding, SubmissionFolder
+from fedtune.export.lint.published import AVERAGE, Figure, Line, row_count, selections
 
 _ACCURACY = re.compile(r"Accuracy:\s*(\d{1,3}(?:\.(\d{1,40}))?(?:[eE]-\d{1,2})?)\.?\s*")
 _EXACT = Fraction(1, 10**12)
@@ -32,7 +32,7 @@ class Artefact:
     """In words: `374 of 500 right, 74.80 %`."""
 
 
-def artefacts_of(folder: Opened) -> tuple[list[Artefact], list[Finding]]:
+def artefacts_of(folder: SubmissionFolder) -> tuple[list[Artefact], list[Finding]]:
     """Return the result files of a folder, rescored, and what is wrong with them."""
     found: list[Artefact] = []
     findings: list[Finding] = []
@@ -105,7 +105,9 @@ def missing_scores(
             )
 
 
-def _artefact(folder: Opened, bench: str, label: str, files: dict[str, str]) -> tuple[Artefact | None, list[Finding]]:
+def _artefact(
+    folder: SubmissionFolder, bench: str, label: str, files: dict[str, str]
+) -> tuple[Artefact | None, list[Finding]]:
     n = row_count(bench) or 0
     written, wrong = (None, []) if "acc" not in files else _written(folder, files["acc"])
     if "generation" not in files:
@@ -137,7 +139,7 @@ def _artefact(folder: Opened, bench: str, label: str, files: dict[str, str]) -> 
     return Artefact(bench, label, name, tuple(shares), right), wrong
 
 
-def _written(folder: Opened, name: str) -> tuple[Figure | None, list[Finding]]:
+def _written(folder: SubmissionFolder, name: str) -> tuple[Figure | None, list[Finding]]:
     text = folder.text(name)
     match = _ACCURACY.fullmatch(text or "")
     if match is None or Fraction(match[1]) > 1:

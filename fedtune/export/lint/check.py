@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fedtune.export.opened import Finding, Opened, open_folder
-from fedtune.export.package import MANIFEST, secret_in
-from fedtune.export.published import published, ranked
-from fedtune.export.rules import (
+from fedtune.export.lint.folder import Finding, SubmissionFolder, open_folder
+from fedtune.export.lint.published import published, ranked
+from fedtune.export.lint.rules import (
     challenge_by,
     check_adapters,
     check_bytes,
@@ -24,7 +23,8 @@ from fedtune.export.rules import (
     declared_by,
     is_pickle,
 )
-from fedtune.export.scores import artefacts_of, check_scores, missing_scores
+from fedtune.export.lint.scores import artefacts_of, check_scores, missing_scores
+from fedtune.export.package import MANIFEST, secret_in
 
 __all__ = ["CheckResult", "Finding", "check"]
 
@@ -85,7 +85,7 @@ def check(path: Path) -> CheckResult:
     return CheckResult(path, tuple(dict.fromkeys(findings)), tuple(checked))
 
 
-def _check_files(folder: Opened) -> Iterator[Finding]:
+def _check_files(folder: SubmissionFolder) -> Iterator[Finding]:
     """Yield files that no submission should hold."""
     for name in folder.links:
         yield Finding(name, "is a link; a submission holds the files themselves")
@@ -96,7 +96,7 @@ def _check_files(folder: Opened) -> Iterator[Finding]:
             yield Finding(name, f"holds what looks like a secret ({found}…); revoke it")
 
 
-def _check_manifest(folder: Opened) -> Iterator[Finding]:
+def _check_manifest(folder: SubmissionFolder) -> Iterator[Finding]:
     """Yield files that are not what the manifest at the top says."""
     if MANIFEST not in folder.files:
         return

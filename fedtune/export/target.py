@@ -1,0 +1,129 @@
+"""The `Target` interface: a form that `fedtune export --to NAME` gives to one adapter of a run.
+
+To add a target, write one module in `fedtune/export/targets/`: a frozen dataclass whose fields are the options of the target,
+and `TARGET`, which names the class. The command line imports these modules to list their options, so they import torch,
+transformers and other slow libraries inside methods only.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_type_hints
+
+import fedtune.export.targets as package
+
+if TYPE_CHECKING:
+    from fedtune.export.checkpoint import RunCheckpoint
+
+Listener = Callable[[int, int], None]
+"""Called during a long export with the bytes written so far and the total."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """The command-line option that sets a field of a target; the annotation of the field holds it."""
+
+    flag: str
+    help: str
+    metavar: str | None = None
+    """How the help names the value; None for a switch."""
+
+
+# Options that several targets have.
+Out = Annotated[
+    Path | None, Option("--out", "The folder to write; one in exports, named after the run, unless given.", "DIR")
+]
+Tokenizer = Annotated[bool, Option("--tokenizer", "Add the tokenizer files of the base model.")]
+Licence = Annotated[str | None, Option("--license", "The licence in the card, such as apache-2.0.", "NAME")]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would write."""
+
+    sizes: Mapping[str, int]
+    """Bytes by file name."""
+    card: str
+    """The text of README.md."""
+    notes: tuple[str, ...] = ()
+    """What the user should know, one sentence each."""
+
+
+class Result(Protocol):
+    """What an export has written."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes by file name."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each."""
+
+    @property
+    def location(self) -> str:
+        """The folder or the address that now holds the export."""
+
+    @property
+    def status(self) -> str:
+        """How the export ended, for people; empty if `location` says it all."""
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the result as `--json` prints it."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The folder that an export has written; a `Result`."""
+
+    folder: Path
+    sizes: Mapping[str, int]
+    """Bytes by file name."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: what is missing, what was checked and with what result."""
+    status: str = ""
+
+    @property
+    def location(self) -> str:
+        """The folder's path."""
+        return str(self.folder)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the result as `--json` prints it."""
+        return {"folder": self.folder, "files": self.sizes, "notes": self.notes}
+
+
+class Target(ABC):
+    """One form of an export; the fields of a subclass, a frozen dataclass, are its options.
+
+    A switch has the default False, every other option the default None, or no default if the user must give it.
+    """
+
+    name: ClassVar[str]
+    """What `--to` calls it."""
+
+    @abstractmethod
+    def plan(self, checkpoint: RunCheckpoint) -> Plan:
+        """Return what `write` would write, for `--dry-run`; nothing is written or sent."""
+
+    @abstractmethod
+    def write(self, checkpoint: RunCheckpoint, listener: Listener | None = None) -> Result:
+        """Export an adapter of a run, completely or not at all."""
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Return the options of this target by field name."""
+        hints = get_type_hints(cls, include_extras=True)
+        notes = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
+        return {name: note for name, note in notes.items() if isinstance(note, Option)}
+
+
+def targets() -> dict[str, type[Target]]:
+    """Return every target by name: the `TARGET` of each module in `fedtune/export/targets/`."""
+    modules = (import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__))
+    return {module.TARGET.name: module.TARGET for module in modules}
