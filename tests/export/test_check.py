@@ -17,9 +17,9 @@ from fedtune.budget.ledger import Entry, comm_cost_lines
 from fedtune.errors import MissingError
 from fedtune.evaluation.artefacts import accuracy_text
 from fedtune.export.card import title
-from fedtune.export.check import CheckResult, Finding, check
+from fedtune.export.lint.check import CheckResult, Finding, check
+from fedtune.export.lint.published import Figure, bench_of, challenge_of, published, row_count, selections
 from fedtune.export.package import MANIFEST
-from fedtune.export.published import Figure, bench_of, challenge_of, published, row_count, selections
 from fedtune.runs.directory import file_sha256
 
 # --- planted faults -----------------------------------------------------------------------------------------------------
