@@ -128,7 +128,7 @@ def test_without_official_evaluation_it_is_refused_unless_draft(real_run: Path, 
     assert "no result of --mode official on all of tiny" in text
     assert made.notes[0].startswith("DRAFT: peft_2 has no result")
     assert [finding.text for finding in check(tmp_path / "draft").findings] == [
-        "gives no score for tiny, which the challenge is ranked on"
+        "gives no score for tiny, by which the challenge is ranked"
     ]
 
 

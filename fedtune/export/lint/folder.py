@@ -1,4 +1,4 @@
-"""A submission folder as it was found, anyone's: its files by name, read without trust."""
+"""Lists and reads the files of a submission, which may come from anyone and hold anything."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from typing import Any
 
 from fedtune.errors import MissingError, UsageError
 
-_PASSED_OVER = ("__pycache__", "node_modules", "runs")
+_SKIPPED = ("__pycache__", "node_modules", "runs")
 _MOST_FILES = 20_000
 _LONGEST_TEXT_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """One fault of a submission."""
 
     file: str
     """The file's name inside the folder."""
     text: str
-    """What is wrong with it, and what was expected."""
+    """What is wrong with the file, as the rest of a sentence about it, and what was expected."""
 
 
 @dataclass(frozen=True)
 class SubmissionFolder:
-    """A folder's files, none of them followed out of it."""
+    """The files of a folder; links are listed and not followed."""
 
     path: Path
     files: tuple[str, ...]
-    """Regular files by their names inside the folder, the shallowest first; hidden folders are passed over."""
+    """Paths of the regular files inside the folder, sorted by depth; hidden folders are skipped."""
     links: tuple[str, ...]
 
     def named(self, pattern: str) -> list[str]:
-        """Return the files whose last name fits `pattern`."""
+        """Return the files whose name matches `pattern`, in any subfolder."""
         return [name for name in self.files if fnmatchcase(name.rpartition("/")[2], pattern)]
 
     def first(self, pattern: str) -> str | None:
-        """Return the shallowest file whose last name fits `pattern`, None where there is none."""
+        """Return the file nearest to the top whose name matches `pattern`, or None."""
         return next(iter(self.named(pattern)), None)
 
     def text(self, name: str) -> str | None:
-        """Return a file's text; None where it is no UTF-8 text, cannot be read or is far too long."""
+        """Return the text of a file; None if it is not UTF-8, cannot be read, or is too long."""
         try:
             if (self.path / name).stat().st_size > _LONGEST_TEXT_BYTES:
                 return None
@@ -54,25 +54,25 @@ class SubmissionFolder:
 
 
 def open_folder(path: Path) -> SubmissionFolder:
-    """List a folder.
+    """List the files of a folder.
 
     Raises:
-        MissingError: there is none.
+        MissingError: the folder does not exist.
         UsageError: it holds far more files than a submission.
     """
     if not path.is_dir():
         raise MissingError(
-            f"There is no folder {path}.", hint="Name a submission's folder: fedtune export --check PATH"
+            f"There is no folder {path}.", hint="Name the folder of a submission: fedtune export --check PATH"
         )
     files: list[str] = []
     links: list[str] = []
     for folder, names, here in os.walk(path):
-        places = [Path(folder) / name for name in (*names, *here)]
-        links += [place.relative_to(path).as_posix() for place in places if place.is_symlink()]
-        names[:] = [name for name in names if not name.startswith(".") and name not in _PASSED_OVER]
+        paths = [Path(folder) / name for name in (*names, *here)]
+        links += [each.relative_to(path).as_posix() for each in paths if each.is_symlink()]
+        names[:] = [name for name in names if not name.startswith(".") and name not in _SKIPPED]
         files += [(Path(folder) / name).relative_to(path).as_posix() for name in here]
         if len(files) > _MOST_FILES:
-            raise UsageError(f"{path} holds more than {_MOST_FILES:,} files; it is no submission.")
+            raise UsageError(f"{path} holds more than {_MOST_FILES:,} files; it is not a submission.")
     regular = [name for name in files if (path / name).is_file() and not (path / name).is_symlink()]
     return SubmissionFolder(
         path, tuple(sorted(regular, key=lambda name: (name.count("/"), name))), tuple(sorted(links))
@@ -80,7 +80,7 @@ def open_folder(path: Path) -> SubmissionFolder:
 
 
 def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested table's values by dotted name, as Flower's run config has them."""
+    """Return the values of a nested table by dotted name, as in Flower's run config."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flat_table(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
