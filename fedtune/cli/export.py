@@ -103,7 +103,7 @@ def _export(
     with _progress(hidden=json) as listener:
         result = target.write(checkpoint, listener)
     if json:
-        print_json({**subject, **result.to_record()})
+        print_json(subject | vars(result))
         return
     _show_notes(result.notes, result.sizes)
     if result.status:

@@ -105,14 +105,10 @@ class RunCheckpoint:
     def base_result(self, record: Record) -> Record | None:
         """Return the base model's result with the benchmark, questions, protocol, mode and model settings of `record`."""
         keys = ("bench", "prompts_sha256", "n", "protocol", "mode", "batch_size", "model")
-        return next(
-            (
-                other
-                for other in _results(self.run)
-                if other.get("adapter_sha256") is None and all(other.get(key) == record.get(key) for key in keys)
-            ),
-            None,
-        )
+        for other in _results(self.run):
+            if other.get("adapter_sha256") is None and all(other.get(key) == record.get(key) for key in keys):
+                return other
+        return None
 
     @property
     def challenge_benches(self) -> list[str]:

@@ -21,62 +21,32 @@ from fedtune.models.hub import resolve_base
 from fedtune.units import to_mib
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
-
 _MODEL_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 
 _ALWAYS = (
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "bias",
-    "fan_in_fan_out",
-    "inference_mode",
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "bias"),
+    *("fan_in_fan_out", "inference_mode"),
 )
 """Keys that every PEFT with LoRA knows, and that inform the reader at their defaults too."""
 _NEVER = ("peft_version", "auto_mapping")
 """Keys without effect on the adapter."""
 
 _RESULT_KEYS = (
-    "subject",
-    "bench",
-    "protocol",
-    "mode",
-    "accuracy",
-    "n",
-    "k",
-    "interval_95",
-    "unparsed",
-    "unparsed_outputs",
-    "accuracy_parsed",
-    "majority",
-    "subsets",
-    "partial",
-    "comparable",
-    "comparability",
-    "against_base",
-    "used_mib",
-    "seconds",
-    "batch_size",
-    "prompts_sha256",
-    "model_sha256",
-    "adapter_sha256",
-    "device",
-    "compute_dtype",
-    "versions",
+    *("subject", "bench", "protocol", "mode", "accuracy", "n", "k", "interval_95", "unparsed", "unparsed_outputs"),
+    *("accuracy_parsed", "majority", "subsets", "partial", "comparable", "comparability", "against_base", "used_mib"),
+    *(
+        "seconds",
+        "batch_size",
+        "prompts_sha256",
+        "model_sha256",
+        "adapter_sha256",
+        "device",
+        "compute_dtype",
+        "versions",
+    ),
 )
 """Keys of a result that are published; others, such as its findings, may contain paths."""
 

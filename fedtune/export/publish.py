@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,6 @@ class Published:
     def status(self) -> str:
         """The commit, or that none was needed."""
         return "the hub already has every file" if self.unchanged else f"commit {self.commit}"
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the result as `--json` prints it."""
-        return asdict(self)
 
 
 def publish(

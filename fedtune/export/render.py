@@ -33,7 +33,7 @@ def paragraph(text: str) -> str:
 def shown(value: object) -> str:
     """Return a config value as a reader expects it: texts without quotation marks, lists with commas, JSON otherwise."""
     if isinstance(value, tuple | list):
-        return ", ".join(value)
+        return ", ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol, get_type_hints
 
 import fedtune.export.targets as package
 
@@ -55,7 +55,7 @@ class Plan:
 
 
 class Result(Protocol):
-    """What an export has written."""
+    """What an export has written: a dataclass, whose fields `--json` prints."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -67,35 +67,37 @@ class Result(Protocol):
 
     @property
     def location(self) -> str:
-        """The folder or the address that now holds the export."""
+        """The folder or the address of the export."""
 
     @property
     def status(self) -> str:
-        """How the export ended, for people; empty if `location` says it all."""
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the result as `--json` prints it."""
+        """How the export ended, if `location` does not say it all."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The folder that an export has written; a `Result`."""
+    """The folder that an export has written."""
 
     folder: Path
-    sizes: Mapping[str, int]
+    files: Mapping[str, int]
     """Bytes by file name."""
     notes: tuple[str, ...] = ()
     """What the user should know: what is missing, what was checked and with what result."""
-    status: str = ""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The same as `files`."""
+        return self.files
 
     @property
     def location(self) -> str:
-        """The folder's path."""
+        """The path of the folder."""
         return str(self.folder)
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the result as `--json` prints it."""
-        return {"folder": self.folder, "files": self.sizes, "notes": self.notes}
+    @property
+    def status(self) -> str:
+        """Empty: a folder that exists is complete."""
+        return ""
 
 
 class Target(ABC):

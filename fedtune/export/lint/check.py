@@ -6,7 +6,6 @@ with scores, the budget with comm_cost.txt, the adapter with pyproject.toml. It 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,13 +109,5 @@ def _check_manifest(folder: SubmissionFolder) -> Iterator[Finding]:
     for name, digest in digests.items():
         if name not in folder.files:
             yield Finding(name, f"is missing; {MANIFEST} lists it")
-        elif _sha256(folder.path / name) != digest:
+        elif folder.sha256(name) != digest:
             yield Finding(name, f"does not have the sha256 that {MANIFEST} lists")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""

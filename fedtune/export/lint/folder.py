@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import MissingError, UsageError
+from fedtune.runs.directory import file_sha256
 
 _SKIPPED = ("__pycache__", "node_modules", "runs")
 _MOST_FILES = 20_000
@@ -50,6 +51,13 @@ class SubmissionFolder:
                 return None
             return (self.path / name).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
+            return None
+
+    def sha256(self, name: str) -> str | None:
+        """Return the sha256 of a file; None if it cannot be read."""
+        try:
+            return file_sha256(self.path / name)
+        except OSError:
             return None
 
 
