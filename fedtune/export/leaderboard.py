@@ -71,7 +71,7 @@ def _ineligible(checkpoint: RunCheckpoint) -> Iterator[str]:
     config = checkpoint.config
     challenge = load_preset("challenge", config.challenge or "")
     if not challenge.leaderboard:
-        yield f"{challenge.name} is no challenge of the leaderboard"
+        yield f"{challenge.name} is not a challenge of the leaderboard"
         return
     yield from ineligible_because(config) or ()
     if checkpoint.used_mib > LEADERBOARD_CAP_MIB:

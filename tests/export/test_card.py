@@ -191,7 +191,7 @@ def test_method_says_what_was_done(run: Path) -> None:
 def test_an_early_adapter_says_so(run: Path) -> None:
     assert "This is the adapter after round 1 of a run of 2." in card(open_run(str(run), "peft_1"))
     stopped = with_config(run, federation__rounds=5)
-    assert "after round 2 of a run of 5, which has come to round 2." in card(stopped)
+    assert "after round 2 of a run of 5, which has done 2 rounds so far." in card(stopped)
 
 
 def test_what_breaks_the_leaderboards_rules_is_said(run: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_adapter_comes_back_by_its_id(hub: LoopbackHub, finished: RunCheckpo
         sizes={name: len(content) for name, content in sorted(all_of(made).items())},
         created=True,
         unchanged=False,
-        notes=("The base model is not on the hub, so the card names none.",),
+        notes=("The base model is not on the hub, so the card does not name it.",),
     )
     assert_there(hub, made)
     assert hub.repos[REPO].private
@@ -189,12 +189,12 @@ def test_visibility_is_chosen_once_and_never_changed(hub: LoopbackHub, finished:
     assert not hub.repos[f"{OWNER}/open"].private
     assert hub.repos["team/shared"].private
     said = publish(finished, small, f"{OWNER}/open").notes
-    assert any("is public already and stays so" in note for note in said)
+    assert any("is public already and stays public" in note for note in said)
     assert not hub.repos[f"{OWNER}/open"].private
     hub.repos["team/shared"].gated = "auto"
     said = publish(finished, small, "team/shared", public=True).notes
-    assert any("is private and stays so" in note for note in said)
-    assert any("is gated and stays so" in note for note in said)
+    assert any("is private and stays private" in note for note in said)
+    assert any("is gated and stays gated" in note for note in said)
     assert hub.repos["team/shared"].private
 
 
@@ -233,8 +233,8 @@ def scoped(name: str, *permissions: str) -> dict[str, object]:
     ("repo", "who", "said"),
     [
         (REPO, None, "does not accept your token"),
-        (REPO, account("read"), "Your token may only read. Make one that may write at"),
-        ("you/adapter", account(), f"You are logged in as me, who is no member of you. Publish as --repo {REPO}"),
+        (REPO, account("read"), "Your token may only read. Create one that may write at"),
+        ("you/adapter", account(), f"You are logged in as me, who is not a member of you. Publish as --repo {REPO}"),
         ("readers/adapter", account(), "As a member of readers you may read"),
         (REPO, scoped(OWNER, "repo.content.read"), "Your fine-grained token may not write to me/adapter"),
         (REPO, scoped("team", "repo.write"), "Your fine-grained token may not write to me/adapter"),
@@ -483,7 +483,7 @@ def test_what_came_back_is_compared(hub: LoopbackHub, finished: RunCheckpoint, s
         hub.repos.clear()
         hub.on_commit = spoil(name)
         said = refusal(lambda: publish(finished, small, REPO), FedTuneError)
-        assert f"the hub holds something else than was sent to {REPO}: {name}." in said
+        assert f"the hub holds other contents than were sent to {REPO}: {name}." in said
     hub.on_commit = lambda: None
     publish(finished, small, REPO)
     assert_there(hub, small)
@@ -491,10 +491,10 @@ def test_what_came_back_is_compared(hub: LoopbackHub, finished: RunCheckpoint, s
 
 def test_a_card_that_the_hub_refuses_or_doubts(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     local = package({**small.files, "README.md": "---\nbase_model: /home/x\n---\n"})
-    assert "The hub does not take the model card" in refusal(lambda: publish(finished, local, REPO), UsageError)
+    assert "The hub refuses the model card" in refusal(lambda: publish(finished, local, REPO), UsageError)
     assert hub.storage == {}
     hub.card_warning = "license is\nnot known"
-    assert "The hub says of the card: license is not known" in publish(finished, small, REPO).notes
+    assert "The hub says about the card: license is not known" in publish(finished, small, REPO).notes
 
 
 def test_another_status_is_told_with_the_hubs_own_words(
@@ -602,5 +602,5 @@ def test_the_command_finds_the_hub_by_hf_endpoint(hub: LoopbackHub, finished: Ru
     assert_there(hub, Folder().package(finished))
     done = typed("--repo", "you/adapter")
     assert (done.returncode, done.stdout) == (3, "")
-    assert "no member of you" in done.stderr
+    assert "not a member of you" in done.stderr
     assert TOKEN not in done.stderr

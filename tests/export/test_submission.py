@@ -80,7 +80,7 @@ def test_the_readme_tells_what_was_computed(clean_submission: Path, real_run: Pa
     assert ours.average.value == ours.scores["tiny"].value
     used = (real_run / "comm_cost.txt").read_text().splitlines()[-1].split("used ")[1].split(" (")[0]
     assert f"{used} of the 200,000 MB" in text
-    assert "tiny is no challenge of the leaderboard" in text
+    assert "tiny is not a challenge of the leaderboard" in text
     assert "DRAFT" not in text
     changes = text.split("## Changes from the baseline")[1].split("##")[0]
     assert "| `federation.rounds` | `2` | `16` |" in changes
