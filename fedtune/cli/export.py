@@ -78,7 +78,7 @@ def _export(
 
     Example: fedtune export latest --to folder --license apache-2.0
     """
-    given = {name: value for name, value in target_options.items() if value not in (None, False)}
+    given = {name: value for name, value in target_options.items() if value is not None and value is not False}
     if check is not None:
         if run is not None or peft is not None or dry_run or given or to != "folder":
             raise UsageError(

@@ -15,8 +15,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol, get_type_hints
 
-import fedtune.export.targets as package
-
 if TYPE_CHECKING:
     from fedtune.export.checkpoint import RunCheckpoint
 
@@ -127,5 +125,6 @@ class Target(ABC):
 
 def targets() -> dict[str, type[Target]]:
     """Return every target by name: the `TARGET` of each module in `fedtune/export/targets/`."""
+    package = import_module("fedtune.export.targets")  # whose modules import this one
     modules = (import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__))
     return {module.TARGET.name: module.TARGET for module in modules}
