@@ -1,4 +1,4 @@
-"""Whether a submission follows the rules and agrees with itself: rounds, clients, data set, bytes, checkpoint, adapter."""
+"""Checks the rules of a challenge, and that rounds, clients, bytes, checkpoint and adapter of a submission agree."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from fedtune.budget.comm_cost import CommCost, check_figure, figures_of, read_comm_cost
 from fedtune.config.facts import LEADERBOARD_CAP_MIB, ineligible_because, load_preset, preset_names, table_value
 from fedtune.errors import ConfigError, FedTuneError
-from fedtune.export.opened import Finding, Opened, flat_table
-from fedtune.export.published import challenge_of
-from fedtune.export.scores import Artefact
+from fedtune.export.lint.folder import Finding, SubmissionFolder, flat_table
+from fedtune.export.lint.published import challenge_of
+from fedtune.export.lint.scores import Artefact
 from fedtune.export.submission_config import from_flat
 from fedtune.models.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
 _COMMENTED_SIZE = re.compile(r"^#\s*(?:options\.)?num-supernodes\s*=\s*(\d{1,6})\s*$", re.MULTILINE)
-"""What `flwr run` leaves of a federation's size when it has moved it to its own configuration."""
+"""The comment that `flwr run` leaves when it moves the number of clients to its own configuration."""
 _LORA_LINE = re.compile(r"lora|peft|adapter|^\s*[-*+|]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a pyproject.toml declares."""
+    """The Flower app config in a pyproject.toml."""
 
     file: str
     flat: Mapping[str, Any]
-    """`[tool.flwr.app.config]` as Flower's run config has it."""
+    """`[tool.flwr.app.config]` by dotted name."""
     sizes: tuple[int, ...]
-    """Every number of clients that it gives."""
+    """Every number of clients in the file."""
 
     @property
     def rounds(self) -> int | None:
@@ -45,8 +45,8 @@ class Declared:
         return name if isinstance(name, str) and name else None
 
 
-def declared_by(folder: Opened) -> tuple[Declared | None, list[Finding]]:
-    """Read the pyproject.toml of a folder."""
+def declared_by(folder: SubmissionFolder) -> tuple[Declared | None, list[Finding]]:
+    """Read the pyproject.toml of a submission."""
     file = folder.first("pyproject.toml")
     if file is None:
         return None, [Finding("pyproject.toml", "is missing: a submission is a Flower app")]
@@ -55,7 +55,7 @@ def declared_by(folder: Opened) -> tuple[Declared | None, list[Finding]]:
         app = tomllib.loads(text or "")["tool"]["flwr"]["app"]["config"]
         flat = flat_table(app)
     except (tomllib.TOMLDecodeError, RecursionError):
-        return None, [Finding(file, "is no TOML")]
+        return None, [Finding(file, "is not valid TOML")]
     except (KeyError, TypeError, AttributeError):
         return None, [Finding(file, "has no [tool.flwr.app.config]")]
     federations = table_value(tomllib.loads(text or ""), "tool.flwr.federations")
@@ -66,7 +66,7 @@ def declared_by(folder: Opened) -> tuple[Declared | None, list[Finding]]:
 
 
 def challenge_by(declared: Declared | None, benches: Sequence[str]) -> str | None:
-    """Return the challenge that a submission is to: as it says itself, by its data set, or by its benchmarks."""
+    """Return the challenge of a submission: the one it names, or the one with its data set or its benchmarks."""
     names = preset_names("challenge")
     if declared is not None:
         if (own := declared.flat.get("fedtune.challenge")) in names:
@@ -79,7 +79,7 @@ def challenge_by(declared: Declared | None, benches: Sequence[str]) -> str | Non
 
 
 def check_declared(declared: Declared, challenge: str | None) -> Iterator[Finding]:
-    """Yield where a pyproject.toml breaks the challenge's rules (protocol, section 1) or contradicts itself."""
+    """Yield where a pyproject.toml breaks the rules of the challenge (protocol, section 1) or contradicts itself."""
     if any(key.startswith("fedtune.") for key in declared.flat):
         try:
             config = from_flat(declared.flat)
@@ -94,7 +94,7 @@ def check_declared(declared: Declared, challenge: str | None) -> Iterator[Findin
     preset = load_preset("challenge", challenge) if challenge else None
     if preset is None:
         if declared.data:
-            yield Finding(declared.file, f"the data set {declared.data} is that of no challenge")
+            yield Finding(declared.file, f"no challenge has the data set {declared.data}")
         return
     if not preset.leaderboard:
         return
@@ -110,11 +110,13 @@ def check_declared(declared: Declared, challenge: str | None) -> Iterator[Findin
         )
 
 
-def check_bytes(folder: Opened, readme: str | None, declared: Declared | None) -> tuple[CommCost | None, list[Finding]]:
-    """Return the folder's comm_cost.txt, and where it, the README's budget and the rounds do not fit together."""
+def check_bytes(
+    folder: SubmissionFolder, readme: str | None, declared: Declared | None
+) -> tuple[CommCost | None, list[Finding]]:
+    """Return the content of comm_cost.txt, and where it, the budget in the README and the rounds disagree."""
     file = folder.first("comm_cost.txt")
     if file is None:
-        return None, [Finding("comm_cost.txt", "is missing: it shows what was communicated")]
+        return None, [Finding("comm_cost.txt", "is missing: it lists the communicated bytes")]
     try:
         cost = read_comm_cost(folder.path / file)
     except FedTuneError as error:
@@ -127,7 +129,7 @@ def check_bytes(folder: Opened, readme: str | None, declared: Declared | None) -
         text = f"{cost.used_mib:,.2f} of {cost.cap_mib:,.0f} MB were used; the rules allow {LEADERBOARD_CAP_MIB:,}"
         findings.append(Finding(file, text))
     if cost.rounds[-1][1] is None:
-        findings.append(Finding(file, "has a line down and none up for its last round"))
+        findings.append(Finding(file, "has a line down but no line up for its last round"))
     if declared is not None and declared.rounds not in (None, len(cost.rounds)):
         text = f"has {len(cost.rounds)} rounds; {declared.file} declares num-server-rounds = {declared.rounds}"
         findings.append(Finding(file, text))
@@ -136,13 +138,13 @@ def check_bytes(folder: Opened, readme: str | None, declared: Declared | None) -
     return cost, findings
 
 
-def check_checkpoints(folder: Opened, artefacts: Sequence[Artefact], rounds: set[int]) -> Iterator[Finding]:
-    """Yield adapters and results that are not the last checkpoint's, the one that counts.
+def check_checkpoints(folder: SubmissionFolder, artefacts: Sequence[Artefact], rounds: set[int]) -> Iterator[Finding]:
+    """Yield adapters and results of other checkpoints than the last one, which the leaderboard scores.
 
     Args:
         folder: The submission.
         artefacts: Its result files.
-        rounds: The numbers of rounds that it gives; none where it gives none.
+        rounds: The numbers of rounds that its files give; empty if no file gives one.
     """
     if not rounds:
         return
@@ -151,14 +153,16 @@ def check_checkpoints(folder: Opened, artefacts: Sequence[Artefact], rounds: set
     scored = {
         match[0]: artefact.file for artefact in artefacts if (match := re.search(r"peft_\d{1,9}", artefact.label))
     }
-    for kind, found in (("the adapter", {name: name for name in adapters}), ("the scores", scored)):
+    for kind, found in (("adapter", {name: name for name in adapters}), ("score", scored)):
         numbers = {int(name.rpartition("_")[2]): file for name, file in found.items()}
         if numbers and not rounds & numbers.keys():
-            yield Finding(numbers[max(numbers)], f"{kind} of the last checkpoint, {last}, are not here")
+            yield Finding(
+                numbers[max(numbers)], f"is the {kind} of another checkpoint; that of the last one, {last}, is missing"
+            )
 
 
-def check_adapters(folder: Opened, readme: str | None, declared: Declared | None) -> Iterator[Finding]:
-    """Yield adapters that cannot be read, or that are not what pyproject.toml and README say."""
+def check_adapters(folder: SubmissionFolder, readme: str | None, declared: Declared | None) -> Iterator[Finding]:
+    """Yield adapters that cannot be read, or that differ from what pyproject.toml and README say."""
     flat = declared.flat if declared else {}
     for name in _adapter_folders(folder):
         file = f"{name}/{CONFIG_FILE}" if name else CONFIG_FILE
@@ -174,10 +178,10 @@ def check_adapters(folder: Opened, readme: str | None, declared: Declared | None
             continue
         rank = saved.config.get("r")
         ranks = sorted({tensor.shape[0] for key, tensor in saved.tensors.items() if ".lora_A." in key and tensor.ndim})
-        # Stacked experts have as many rows as all their adapters together.
+        # Stacked experts share one tensor, whose rows are those of all their adapters.
         plain = not saved.config.get("rank_pattern") and not saved.config.get("target_parameters")
         if plain and any(each != rank for each in ranks):
-            yield Finding(weights, f"is of rank {_listed(ranks)}; {CONFIG_FILE} says {rank}")
+            yield Finding(weights, f"has rank {_listed(ranks)}; {CONFIG_FILE} says {rank}")
         for key, declared_key, word in (
             ("r", "model.lora.peft-lora-r", "rank"),
             ("lora_alpha", "model.lora.peft-lora-alpha", "alpha"),
@@ -191,18 +195,18 @@ def check_adapters(folder: Opened, readme: str | None, declared: Declared | None
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file's name is that of pickled weights."""
+    """Whether the name of a file is one of pickled weights."""
     return name.lower().endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))
 
 
-def _budget(folder: Opened, readme: str, cost: CommCost) -> list[Finding]:
+def _budget(folder: SubmissionFolder, readme: str, cost: CommCost) -> list[Finding]:
     try:
         figures = figures_of(folder.path / readme, cost.cap_mib)
     except FedTuneError:
         return [Finding(readme, "gives no communication budget (a number with MB)")]
     checks = [check_figure(figure, cost.used_mib, rounded=True) for figure in figures]
     if any(check.matches for check in checks):
-        return []  # the others may be of one round, or of one direction
+        return []  # the others may be for one round or one direction
     return [
         Finding(readme, f"gives {_listed(figures)} as communication budget; comm_cost.txt: {checks[0].explanation}")
     ]
@@ -223,7 +227,7 @@ def _targets_and_base(file: str, config: Mapping[str, Any], flat: Mapping[str, A
 
 
 def _given(readme: str, word: str) -> list[int]:
-    """Return the ranks or alphas of an adapter that a README gives."""
+    """Return the values that a README gives for the rank or alpha of an adapter."""
     name = r"(?:rank|lora[_-]r|peft-lora-r)" if word == "rank" else r"(?<!data\.)alpha"
     found = [
         int(number)
@@ -234,7 +238,7 @@ def _given(readme: str, word: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _adapter_folders(folder: Opened) -> list[str]:
+def _adapter_folders(folder: SubmissionFolder) -> list[str]:
     return [name.rpartition("/")[0] for name in folder.named(CONFIG_FILE)]
 
 

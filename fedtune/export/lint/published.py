@@ -1,4 +1,4 @@
-"""The scores that a README publishes: Markdown tables of either layout and lists, in percent or as fractions.
+"""Reads the scores in a README: Markdown tables of either layout and lists, in percent or as fractions.
 
 | benchmark | accuracy |        |         | STEM  | Humanities | Avg   |        - **MedQA**: 59.31 %
 | --------- | -------- |        | ------- | ----- | ---------- | ----- |
@@ -27,7 +27,7 @@ _NO_SCORE = re.compile(
     r".*\b(rows|questions|samples|correct|right|unparsed|invalid|interval|ci|delta|diff\w*|changes?|gain|improv\w*|chance|random|"
     r"std|loss)\b.*|.*[±Δ].*|#|n|k|size|count|total|time|seconds|minutes|rank|split"
 )
-"""Headings over numbers that are no accuracies."""
+"""Headings of numbers that are not accuracies."""
 _BASE = re.compile(r"\b(base|baselines?|base model|before|zero.?shot|without|vanilla|pre.?trained|original)\b")
 
 
@@ -36,18 +36,18 @@ class Figure:
     """One published accuracy."""
 
     text: str
-    """As it is written."""
+    """The figure as written."""
     value: Fraction
-    """As a share, 0 to 1."""
+    """The accuracy from 0 to 1."""
     half: Fraction
-    """Half of its last digit: what rounding may have moved it by."""
+    """Half of the last digit, the largest rounding error."""
 
     def counts(self, n: int) -> range:
-        """Return the numbers of right answers among `n` that round to it."""
+        """Return the numbers of right answers among `n` that round to this figure."""
         return range(max(0, ceil((self.value - self.half) * n)), min(n, floor((self.value + self.half) * n)) + 1)
 
     def is_near(self, share: Fraction, slack: Fraction = Fraction(0)) -> bool:
-        """Whether `share`, itself known up to `slack`, may have been written like this."""
+        """Whether `share`, known up to `slack`, may be rounded to this figure."""
         return abs(self.value - share) <= self.half + slack
 
 
@@ -56,26 +56,26 @@ class Line:
     """The scores of one system: a row of a wide table, a column of a long one, or a list."""
 
     system: str
-    """The heading, as it is written."""
+    """The heading as written."""
     scores: dict[str, Figure] = field(default_factory=dict)
-    """By benchmark, `medqa` or `mmlu:stem`; those of the code challenge are among them."""
+    """By benchmark, `medqa` or `mmlu:stem`, those of the code challenge included."""
     average: Figure | None = None
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the score of the model before the fine-tuning, or of the challenge's baseline."""
+        """Whether the scores are those of the model before fine-tuning, or of a baseline."""
         return _BASE.search(self.system.lower()) is not None
 
 
 def published(text: str) -> list[Line]:
-    """Return the scores in a README's text; tables without a benchmark's name are passed over."""
+    """Return the scores in the text of a README; tables that name no benchmark are skipped."""
     found = [line for table in _tables(text) for line in _lines_of(table)]
     found += [line for items in _lists(text) for line in _lines_of([["", ""], *items])]
     return found
 
 
 def bench_of(name: str) -> str | None:
-    """Return the benchmark that a heading names, `average` for the mean, None for neither.
+    """Return the benchmark that a heading names, `average` for the mean, or None.
 
     >>> bench_of("**MMLU (Social Sciences)**"), bench_of("Avg."), bench_of("Model")
     ('mmlu:social_sciences', 'average', None)
@@ -86,7 +86,7 @@ def bench_of(name: str) -> str | None:
 
 @cache
 def row_count(bench: str) -> int | None:
-    """Return the number of a benchmark's rows, None where fedtune does not know it (the code challenge)."""
+    """Return the number of rows of a benchmark, None if it is unknown (the code challenge)."""
     selection = selections().get(bench)
     if selection is None:
         return None
@@ -97,13 +97,13 @@ def row_count(bench: str) -> int | None:
 
 @cache
 def selections() -> dict[str, Selection]:
-    """Return every benchmark that is scored as one, by name."""
+    """Return every benchmark and ranked category by name."""
     return {selection.name: selection for name in benchmarks() for selection in parse_bench(name)}
 
 
 @cache
 def _names() -> dict[str, str]:
-    """Return benchmarks by the names that READMEs use, without blanks and marks."""
+    """Return benchmarks by the names in READMEs, without spaces and punctuation."""
     ours = {re.sub(r"[^a-z0-9+]", "", name.rpartition(":")[2].lower()): name for name in selections()}
     code = {re.sub(r"[^a-z0-9+]", "", name): name for name in load_preset("challenge", "code").benchmarks}
     other = {
@@ -117,28 +117,28 @@ def _names() -> dict[str, str]:
 
 
 def challenge_of(names: Sequence[str]) -> str | None:
-    """Return the challenge that ranks all the benchmarks in `names`, None where there is none or no name."""
+    """Return the challenge that all benchmarks in `names` rank; None without one, or without names."""
     fitting = [each for each in preset_names("challenge") if names and set(names) <= set(ranked(each))]
     return fitting[0] if len(fitting) == 1 else None
 
 
 @cache
 def ranked(challenge: str) -> tuple[str, ...]:
-    """Return the benchmarks that a challenge is ranked on."""
+    """Return the benchmarks that rank a challenge."""
     return load_preset("challenge", challenge).benchmarks
 
 
 def _tables(text: str) -> Iterator[list[list[str]]]:
     """Yield the tables of a Markdown text as rows of cells, the heading first."""
     lines = [*text.splitlines(), ""]
-    place = 1
-    while place < len(lines):
-        head, rule = lines[place - 1], lines[place].strip()
-        place += 1
+    index = 1
+    while index < len(lines):
+        head, rule = lines[index - 1], lines[index].strip()
+        index += 1
         if "|" in head and "-" in rule and len(rule) < 1000 and _SEPARATOR.fullmatch(rule):
-            end = next(number for number in range(place, len(lines)) if "|" not in lines[number])
-            yield [_cells(row) for row in (head, *lines[place:end])]
-            place = end + 1
+            end = next(number for number in range(index, len(lines)) if "|" not in lines[number])
+            yield [_cells(row) for row in (head, *lines[index:end])]
+            index = end + 1
 
 
 def _cells(row: str) -> list[str]:
@@ -158,16 +158,16 @@ def _lists(text: str) -> Iterator[list[list[str]]]:
 
 
 def _lines_of(table: list[list[str]]) -> Iterator[Line]:
-    """Yield the systems of a table: its rows where the heading names benchmarks, its columns where the first column does."""
+    """Yield the systems of a table: its rows if the heading names benchmarks, its columns if the first column does."""
     heading = table[0]
-    wide = {place: bench for place, cell in enumerate(heading) if (bench := bench_of(cell))}
+    wide = {index: bench for index, cell in enumerate(heading) if (bench := bench_of(cell))}
     if set(wide.values()) - {AVERAGE}:
         rows = [(row[0] if row and 0 not in wide else "", row) for row in table[1:]]
-        columns = [(name, {bench: _at(row, place) for place, bench in wide.items()}) for name, row in rows]
+        columns = [(name, {bench: _at(row, index) for index, bench in wide.items()}) for name, row in rows]
     else:
         names = [(bench, row) for row in table[1:] if row and (bench := bench_of(row[0]))]
         width = max((len(row) for _, row in names), default=0)
-        columns = [(_at(heading, place), {bench: _at(row, place) for bench, row in names}) for place in range(1, width)]
+        columns = [(_at(heading, index), {bench: _at(row, index) for bench, row in names}) for index in range(1, width)]
     for system, cells in columns:
         if _NO_SCORE.fullmatch(system.lower()):
             continue
@@ -177,16 +177,16 @@ def _lines_of(table: list[list[str]]) -> Iterator[Line]:
             yield Line(system, figures, average)
 
 
-def _at(row: Sequence[str], place: int) -> str:
-    return row[place] if place < len(row) else ""
+def _at(row: Sequence[str], index: int) -> str:
+    return row[index] if index < len(row) else ""
 
 
 def _figures(cells: dict[str, str]) -> dict[str, Figure]:
-    """Return the cells that are accuracies; without a per cent sign, fractions where none is above 1."""
+    """Return the cells that are accuracies: fractions if no number is above 1 or has a per cent sign, else percent."""
     matches = {bench: match for bench, cell in cells.items() if (match := _CELL.fullmatch(cell))}
     numbers = {bench: Fraction(match[1].replace(",", ".")) for bench, match in matches.items()}
     if any(number > 100 for number in numbers.values()):
-        return {}  # counts of rows, milliseconds: no accuracies
+        return {}  # counts of rows or milliseconds, not accuracies
     as_shares = all(number <= 1 for number in numbers.values()) and not any(match[2] for match in matches.values())
     scale = Fraction(1) if as_shares else Fraction(1, 100)
     figures = {}

@@ -1,21 +1,19 @@
-"""check(path) -> CheckResult: the linter for a leaderboard submission, ours or anyone's.
+"""Checks a leaderboard submission: `check(path)`, which `fedtune export --check` calls.
 
-Published numbers are held against what they were computed from: scores against the generations and against k/n, averages
-against scores, the budget against comm_cost.txt, the adapter against pyproject.toml, and all of it against the rules.
+The check compares published numbers with what they were computed from: scores with the generations and with k/n, averages
+with scores, the budget with comm_cost.txt, the adapter with pyproject.toml. It also checks the rules of the challenge.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fedtune.export.opened import Finding, Opened, open_folder
-from fedtune.export.package import MANIFEST, secret_in
-from fedtune.export.published import published, ranked
-from fedtune.export.rules import (
+from fedtune.export.lint.folder import Finding, SubmissionFolder, open_folder
+from fedtune.export.lint.published import published, ranked
+from fedtune.export.lint.rules import (
     challenge_by,
     check_adapters,
     check_bytes,
@@ -24,7 +22,8 @@ from fedtune.export.rules import (
     declared_by,
     is_pickle,
 )
-from fedtune.export.scores import artefacts_of, check_scores, missing_scores
+from fedtune.export.lint.scores import artefacts_of, check_scores, missing_scores
+from fedtune.export.package import MANIFEST, secret_in
 
 __all__ = ["CheckResult", "Finding", "check"]
 
@@ -34,19 +33,19 @@ _TEXTS = (".md", ".txt", ".toml", ".json", ".jsonl", ".py", ".yaml", ".yml", ".c
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a submission's linter found."""
+    """The result of checking a submission."""
 
     path: Path
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
-    """What was there to be checked, a line each."""
+    """What was checked, one line each."""
 
 
 def check(path: Path) -> CheckResult:
-    """Check a submission's folder; nothing in it is loaded as code or pickle, and nothing is changed.
+    """Check the submission in a folder without changing it; nothing is loaded as code or as a pickle.
 
     Raises:
-        MissingError: there is no such folder.
+        MissingError: the folder does not exist.
         UsageError: it holds far more files than a submission.
     """
     folder = open_folder(path)
@@ -55,7 +54,7 @@ def check(path: Path) -> CheckResult:
     lines = published(text or "")
     findings: list[Finding] = []
     if text is None:
-        findings.append(Finding(readme or "README.md", "is no UTF-8 text" if readme else "is missing"))
+        findings.append(Finding(readme or "README.md", "is not UTF-8 text" if readme else "is missing"))
 
     declared, wrong = declared_by(folder)
     findings += wrong
@@ -85,19 +84,19 @@ def check(path: Path) -> CheckResult:
     return CheckResult(path, tuple(dict.fromkeys(findings)), tuple(checked))
 
 
-def _check_files(folder: Opened) -> Iterator[Finding]:
-    """Yield files that no submission should hold."""
+def _check_files(folder: SubmissionFolder) -> Iterator[Finding]:
+    """Yield files that a submission must not hold."""
     for name in folder.links:
-        yield Finding(name, "is a link; a submission holds the files themselves")
+        yield Finding(name, "is a link; a submission must hold the file itself")
     for name in folder.files:
         if is_pickle(name):
             yield Finding(name, "is a pickle, which runs code when it is loaded; save the weights as safetensors")
         elif PurePosixPath(name).suffix.lower() in _TEXTS and (found := secret_in(folder.text(name) or "")):
-            yield Finding(name, f"holds what looks like a secret ({found}…); revoke it")
+            yield Finding(name, f"contains what looks like a secret ({found}…); revoke it")
 
 
-def _check_manifest(folder: Opened) -> Iterator[Finding]:
-    """Yield files that are not what the manifest at the top says."""
+def _check_manifest(folder: SubmissionFolder) -> Iterator[Finding]:
+    """Yield files that are missing or do not have the sha256 in the manifest."""
     if MANIFEST not in folder.files:
         return
     try:
@@ -105,18 +104,10 @@ def _check_manifest(folder: Opened) -> Iterator[Finding]:
     except (ValueError, RecursionError):
         digests = None
     if not isinstance(digests, dict):
-        yield Finding(MANIFEST, "is no JSON object of sha256 by name")
+        yield Finding(MANIFEST, "is not a JSON object with a sha256 for each file name")
         return
     for name, digest in digests.items():
         if name not in folder.files:
-            yield Finding(name, f"is missing; {MANIFEST} names it")
-        elif _sha256(folder.path / name) != digest:
-            yield Finding(name, f"is not the file that {MANIFEST} has the sha256 of")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
+            yield Finding(name, f"is missing; {MANIFEST} lists it")
+        elif folder.sha256(name) != digest:
+            yield Finding(name, f"does not have the sha256 that {MANIFEST} lists")

@@ -1,4 +1,4 @@
-"""Publishes a package on the hub: checked before anything is sent, one commit, compared afterwards; safe to repeat."""
+"""Publishes a package on the hub in one commit; checks before and after, and can be repeated after an interruption."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ig
 from huggingface_hub.utils.sha import git_hash
 
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.export.finished import FinishedRun
-from fedtune.export.package import MANIFEST, Package, hub_base, strike
+from fedtune.export.checkpoint import RunCheckpoint
+from fedtune.export.package import MANIFEST, Package, hub_base, redact
 from fedtune.hub import LOG_IN, PASSING, UnreachableError, ask, ask_about, patiently
 from fedtune.runs.directory import file_sha256
 
 Contents = Mapping[str, bytes | Path]
-"""Files by their names, the manifest included."""
+"""Files by name, the manifest included."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a package on the hub."""
+    """A package on the hub; the result of the target `hf-hub`."""
 
     repo: str
     url: str
-    """The page in the browser."""
+    """The address of its page."""
     commit: str | None
     """The commit that holds the package; None after a dry run."""
     sizes: Mapping[str, int]
@@ -53,13 +53,23 @@ class Published:
     created: bool
     """Whether the repository is new; after a dry run, whether it would be."""
     unchanged: bool
-    """Whether all was there already, so that nothing was sent."""
+    """Whether the hub already held every file, so that nothing was sent."""
     notes: tuple[str, ...]
     """What the user should know: visibility, gating, what was not checked."""
 
+    @property
+    def location(self) -> str:
+        """The address of the page."""
+        return self.url
+
+    @property
+    def status(self) -> str:
+        """The commit, or that none was needed."""
+        return "the hub already has every file" if self.unchanged else f"commit {self.commit}"
+
 
 def publish(
-    finished: FinishedRun,
+    checkpoint: RunCheckpoint,
     package: Package,
     repo: str,
     *,
@@ -68,31 +78,31 @@ def publish(
     message: str | None = None,
     dry_run: bool = False,
 ) -> Published:
-    """Make the repository `repo` hold `package`, creating it (private unless `public`) where there is none.
+    """Upload `package` to the repository `repo`, which is created (private unless `public`) if it does not exist.
 
-    What a former package listed in its manifest and this one lacks is deleted; no other file is touched, and the
-    visibility of a repository that exists stays. After an interruption the same call goes on and ends in the same state.
+    Files that the manifest of a former package lists and this one lacks are deleted; other files stay, and so does the
+    visibility of an existing repository. After an interruption, the same call continues and ends in the same state.
 
     Args:
-        finished: The run; its base model is looked up on the hub.
+        checkpoint: The adapter and its run; its base model is looked up on the hub.
         package: The files, as `package()` checked them.
-        repo: The repository's id, `owner/name`.
-        public: Whether a new repository is for everyone to see.
-        revision: A branch, created from the main one where it is missing; None means the main one.
-        message: The commit's message; None names the adapter and the run.
-        dry_run: Only ask, send nothing; what keeps the real call from working becomes a note.
+        repo: The id of the repository, `owner/name`.
+        public: Whether everyone can see a new repository.
+        revision: A branch, created from the main branch if it does not exist; None means the main branch.
+        message: The commit message; None names the adapter and the run.
+        dry_run: Only ask the hub and send nothing; a reason why the upload would fail becomes a note.
 
     Raises:
-        UsageError: `repo` or `revision` is no name that the hub takes, or it does not take the model card.
-        MissingError: no token, no right to write there, no such base model, or the hub cannot be reached or refuses.
-        FedTuneError: the hub holds something else than was sent.
+        UsageError: `repo` or `revision` is not a name that the hub accepts, or the hub refuses the model card.
+        MissingError: there is no token, no permission, or no such base model, or the hub is unreachable or refuses.
+        FedTuneError: the hub holds other contents than were sent.
     """
     _check_names(repo, revision)
     sizes = package.sizes()
     api = HfApi()
     exists: bool | None = None
     try:
-        exists, notes = _preflight(api, hub_base(finished.config), repo, public)
+        exists, notes = _preflight(api, hub_base(checkpoint.config), repo, public)
     except MissingError as error:
         if not dry_run:
             raise
@@ -105,14 +115,14 @@ def publish(
             patiently(lambda: api.create_repo(repo, private=not public, exist_ok=True))
         if revision is not None:
             patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-        text = message or f"{finished.name} of {finished.run.path.resolve().name}, exported by fedtune"
+        text = message or f"{checkpoint.name} of {checkpoint.run.path.resolve().name}, exported by fedtune"
         contents = {**package.files, MANIFEST: package.manifest()}
         commit, unchanged = _commit(api, repo, revision or "main", contents, text)
         _compare(api, repo, commit, contents)
     return Published(repo, url, commit, sizes, not exists, unchanged, tuple(notes))
 
 
-# --- before anything is sent ------------------------------------------------------------------------------------------
+# --- checks before the upload -----------------------------------------------------------------------------------------
 
 
 def _check_names(repo: str, revision: str | None) -> None:
@@ -122,41 +132,41 @@ def _check_names(repo: str, revision: str | None) -> None:
     except HFValidationError:
         fits = False
     if not fits:
-        raise UsageError(f"{repo!r} is no name for a repository on the hub.", hint="Example: --repo USER/NAME")
+        raise UsageError(f"{repo!r} is not the name of a repository on the hub.", hint="Example: --repo USER/NAME")
     if revision is None:
         return
     bad = re.fullmatch(r"[0-9a-f]{40}|refs/.*|.*\.\..*|.*[/.]", revision)
     if bad or not re.fullmatch(r"[A-Za-z0-9][\w./-]*", revision, re.ASCII):
-        raise UsageError(f"{revision!r} is no name for a branch.", hint="Example: --revision rank-16")
+        raise UsageError(f"{revision!r} is not the name of a branch.", hint="Example: --revision rank-16")
 
 
 def _preflight(api: HfApi, base: str | None, repo: str, public: bool) -> tuple[bool, list[str]]:
-    """Return whether `repo` exists, and what the user should know; raise a MissingError for what cannot work."""
+    """Return whether `repo` exists, and notes for the user; raise a MissingError if the upload would fail."""
     if get_token() is None:
-        raise MissingError("Publishing needs a token of the hub, and there is none.", hint=LOG_IN)
+        raise MissingError("Publishing needs a token of the hub; none was found.", hint=LOG_IN)
     try:
         _check_account(patiently(lambda: ask(api.whoami)), repo, api.endpoint)
         notes = _about_base(api, base)
         info = _existing(api, repo)
     except UnreachableError as error:
         raise MissingError(
-            f"Nothing can be sent: {error}.", hint="Check the network; --to folder needs none."
+            f"Nothing can be sent: {error}.", hint="Check the network; --to folder works without it."
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(error, repo, api.endpoint) from error
     if info is None:
         return False, notes
     if not info.private and not public:
-        notes.append(f"{repo} is public already and stays so: everyone sees what is sent.")
+        notes.append(f"{repo} is public already and stays public: everyone will see the files.")
     if info.private and public:
-        notes.append(f"{repo} is private and stays so; make it public at {api.endpoint}/{repo}/settings.")
+        notes.append(f"{repo} is private and stays private; make it public at {api.endpoint}/{repo}/settings.")
     if info.gated:
-        notes.append(f"{repo} is gated and stays so: whoever wants to read it must ask.")
+        notes.append(f"{repo} is gated and stays gated: readers must request access.")
     return True, notes
 
 
 def _check_account(account: Mapping[str, Any], repo: str, endpoint: str) -> None:
-    """Raise a MissingError where the hub's `whoami` says that the token may not write to `repo`."""
+    """Raise a MissingError if the hub's `whoami` says that the token may not write to `repo`."""
     namespace = repo.partition("/")[0].casefold()
     user = str(account.get("name"))
     others = {str(each.get("name")).casefold(): each for each in account.get("orgs") or ()}
@@ -164,17 +174,17 @@ def _check_account(account: Mapping[str, Any], repo: str, endpoint: str) -> None
     if namespace != user.casefold():
         if namespace not in others:
             raise MissingError(
-                f"You are logged in as {user}, who is no member of {repo.partition('/')[0]}.",
+                f"You are logged in as {user}, who is not a member of {repo.partition('/')[0]}.",
                 hint=f"Publish as --repo {user}/{repo.partition('/')[2]}, or log in as another user: hf auth login",
             )
         if others[namespace].get("roleInOrg") == "read":
             raise MissingError(
-                f"As a member of {repo.partition('/')[0]} you may read, not write.", hint="Ask one of its admins."
+                f"As a member of {repo.partition('/')[0]} you may read but not write.", hint="Ask one of its admins."
             )
     token = (account.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise MissingError(
-            "Your token may only read.", hint=f"Make one that may write at {tokens}, then: hf auth login"
+            "Your token may only read.", hint=f"Create one that may write at {tokens}, then: hf auth login"
         )
     scoped = (token.get("fineGrained") or {}).get("scoped")
     if token.get("role") == "fineGrained" and scoped is not None:
@@ -183,25 +193,25 @@ def _check_account(account: Mapping[str, Any], repo: str, endpoint: str) -> None
         if not any("repo.write" in each.get("permissions", ()) for each in granted):
             raise MissingError(
                 f"Your fine-grained token may not write to {repo}.",
-                hint=f"Let it write to the repositories of {repo.partition('/')[0]} at {tokens}.",
+                hint=f"Give it write access to the repositories of {repo.partition('/')[0]} at {tokens}.",
             )
 
 
 def _about_base(api: HfApi, base: str | None) -> list[str]:
-    """Return what to say of the base model; raise a MissingError where the hub has none of that name."""
+    """Return notes about the base model; raise a MissingError if the hub has no model of that name."""
     if base is None:
-        return ["The base model is not on the hub, so the card names none."]
+        return ["The base model is not on the hub, so the card does not name it."]
     try:
         gated = patiently(lambda: ask_about("base model", base, lambda: api.model_info(base))).gated
     except MissingError as error:
         if not isinstance(error.__cause__, GatedRepoError):
             raise
         gated = "manual"
-    return [f"The base model {base} is gated: users of the adapter must be let in there."] if gated else []
+    return [f"The base model {base} is gated: users of the adapter must request access to it."] if gated else []
 
 
 def _existing(api: HfApi, repo: str) -> ModelInfo | None:
-    """Return the hub's record of `repo`, None where there is none; raise a MissingError where it may not be written."""
+    """Return the hub's record of `repo`, None if it does not exist; raise a MissingError if the token may not write to it."""
     try:
         info = patiently(lambda: ask(lambda: api.model_info(repo)))
     except RepositoryNotFoundError as error:
@@ -211,22 +221,22 @@ def _existing(api: HfApi, repo: str) -> ModelInfo | None:
     try:
         patiently(lambda: ask(lambda: api.auth_check(repo, write=True)))
     except HfHubHTTPError as error:
-        # Any other 4xx comes from an endpoint that does not know the question.
+        # Any other 4xx comes from a hub without this endpoint.
         if error.response.status_code in (401, 403):
             raise
     return info
 
 
-# --- sending ----------------------------------------------------------------------------------------------------------
+# --- upload -----------------------------------------------------------------------------------------------------------
 
 
 def _commit(api: HfApi, repo: str, branch: str, contents: Contents, message: str) -> tuple[str, bool]:
-    """Return the commit at which `branch` holds `contents`, and whether it held them before."""
+    """Return the commit at which `branch` holds `contents`, and whether it already held them."""
     tried = False
 
     def attempt() -> str:
-        # Each try looks first what is there: a commit whose answer was lost is found, not made again. The parent keeps
-        # this from being overtaken by another commit in between.
+        # Each attempt first reads the branch, so that a commit whose response was lost is not made twice. With
+        # `parent_commit` the hub refuses the commit if another one has come in between.
         nonlocal tried
         head = str(api.model_info(repo, revision=branch).sha)
         there = _files(api, repo, head)
@@ -244,13 +254,13 @@ def _commit(api: HfApi, repo: str, branch: str, contents: Contents, message: str
 
 
 def _compare(api: HfApi, repo: str, commit: str, contents: Contents) -> None:
-    """Raise a FedTuneError where the hub holds something else than `contents` at `commit`."""
+    """Raise a FedTuneError if the hub holds other files than `contents` at `commit`."""
     wrong = _differing(contents, patiently(lambda: _files(api, repo, commit)))
     if not wrong and patiently(lambda: _manifest(api, repo, commit)) != contents[MANIFEST]:
         wrong = [MANIFEST]
     if wrong:
         raise FedTuneError(
-            f"At {commit[:8]} the hub holds something else than was sent to {repo}: {', '.join(wrong)}.",
+            f"At commit {commit[:8]} the hub holds other contents than were sent to {repo}: {', '.join(wrong)}.",
             hint="Run the same command again.",
         )
 
@@ -261,7 +271,7 @@ def _files(api: HfApi, repo: str, commit: str) -> dict[str, RepoFile]:
 
 
 def _differing(contents: Contents, there: Mapping[str, RepoFile]) -> list[str]:
-    """Return which files are not `there`, or not the same: by sha256 in large file storage, by git's hash elsewhere."""
+    """Return the files that are missing or different on the hub, by sha256 in large file storage, by git's hash elsewhere."""
 
     def same(content: bytes | Path, file: RepoFile) -> bool:
         if file.lfs is None:
@@ -273,7 +283,7 @@ def _differing(contents: Contents, there: Mapping[str, RepoFile]) -> list[str]:
 
 
 def _manifest(api: HfApi, repo: str, commit: str) -> bytes:
-    # Not through the library's cache: what the hub holds is in question.
+    # Bypasses the cache of the library, to see what the hub really holds.
     url = hf_hub_url(repo, MANIFEST, revision=commit, endpoint=api.endpoint)
     response = get_session().get(url, headers=build_hf_headers())
     hf_raise_for_status(response)
@@ -281,7 +291,7 @@ def _manifest(api: HfApi, repo: str, commit: str) -> bytes:
 
 
 def _former(api: HfApi, repo: str, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
-    """Return the files that a former package put `there`, by its manifest; nothing where that is another's manifest."""
+    """Return the files of a former package, by its manifest; none if the manifest has another form than fedtune's."""
     if MANIFEST not in there:
         return set()
     try:
@@ -293,34 +303,38 @@ def _former(api: HfApi, repo: str, commit: str, there: Mapping[str, RepoFile]) -
     return listed.keys() & there.keys()
 
 
-# --- what may go wrong ------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _explained(repo: str, endpoint: str, notes: list[str]) -> Iterator[None]:
-    """Turn what the hub client raises while sending into one sentence, and its warnings of the card into notes."""
+    """Turn an exception of the hub client into one sentence, and its warnings about the card into notes."""
     verbosity = huggingface_hub.logging.get_verbosity()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)  # its warnings show addresses that let their reader upload
+    huggingface_hub.logging.set_verbosity(
+        logging.ERROR
+    )  # its warnings contain addresses that give permission to upload
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
-        # The library's other warnings are not the user's concern.
+        # Other warnings of the library concern its own use.
         said = (_one_line(str(each.message)) for each in caught)
-        notes += [f"The hub says of the card: {each.partition('- ')[2]}" for each in said if "README.md" in each]
+        notes += [f"The hub says about the card: {each.partition('- ')[2]}" for each in said if "README.md" in each]
     except FedTuneError:
         raise
     except Exception as error:
         if str(error).startswith("Invalid metadata"):
             raise UsageError(
-                f"The hub does not take the model card: {_one_line(str(error))}.", hint="Mend what the card says."
+                f"The hub refuses the model card: {_one_line(str(error))}.", hint="Fix the run's config or --license."
             ) from error
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # an upload's thread wraps what it meets
+        cause = (
+            error.__cause__ if isinstance(error, RuntimeError) else error
+        )  # the threads that upload wrap their errors
         if isinstance(cause, HfHubHTTPError):
             raise _refusal(cause, repo, endpoint) from error
         raise MissingError(
-            f"Publishing {repo} broke off ({type(error).__name__}).",
-            hint="Run the same command again: it goes on from there.",
+            f"Publishing {repo} was interrupted ({type(error).__name__}).",
+            hint="Run the same command again: it continues from there.",
         ) from error
     finally:
         huggingface_hub.logging.set_verbosity(verbosity)
@@ -329,14 +343,14 @@ def _explained(repo: str, endpoint: str, notes: list[str]) -> Iterator[None]:
 def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> MissingError:
     status = error.response.status_code
     if status == 401:
-        first = "Unset HF_TOKEN, which goes before the login. " if os.environ.get("HF_TOKEN") else ""
+        first = "Unset HF_TOKEN, which takes precedence over the login. " if os.environ.get("HF_TOKEN") else ""
         return MissingError(f"The hub at {endpoint} does not accept your token (401).", hint=first + LOG_IN)
     if status == 403:
         return MissingError(f"The hub at {endpoint} does not let your token write to {repo} (403).", hint=LOG_IN)
-    said = _one_line(strike((error.server_message or "").replace(get_token() or "\0", "[removed]")))
+    said = _one_line(redact((error.server_message or "").replace(get_token() or "\0", "[removed]")))
     return MissingError(
         f"The hub at {endpoint} answers {status} for {repo}{': ' if said else ''}{said}.",
-        hint="Run the same command again later: it goes on from there." if status in PASSING else "",
+        hint="Run the same command again later: it continues from there." if status in PASSING else "",
     )
 
 
