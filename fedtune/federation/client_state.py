@@ -65,7 +65,11 @@ class ClientState:
 
     def _rounds(self) -> list[int]:
         if self.folder is not None:
-            return [int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors")]
+            return [
+                int(path.stem.removeprefix("round-"))
+                for path in self.folder.glob("round-*.safetensors")
+                if path.stem[6:].isdigit()
+            ]
         return [
             int(name.removeprefix(_KEY))
             for name, record in self.context.state.items()

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, Rou
 from fedtune.federation.failures import FailureHistory, kind_of
 from fedtune.federation.flower.size import serialised_bytes
 from fedtune.federation.privacy import Accountant, new_key, noisy_average
+from fedtune.federation.progress import Prefix, Progress, check_clients, check_config, client_states, decisive_values
 from fedtune.federation.reply_validator import Accepted, Client, Expected, Refused, ReplyValidator
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
@@ -43,16 +44,6 @@ from fedtune.training.schedule import learning_rate
 _NOISE_KEY = "noise.key"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come; the small part of a committed state."""
-
-    round: int
-    """Rounds that are committed."""
-    ledger_entries: int
-    metrics_bytes: int
 
 
 class Rounds:
@@ -96,6 +87,9 @@ class Rounds:
         self.noise_key = new_key()
         """Secret of the central noise; travels nowhere, and lies in the state for a resumed run to go on with."""
         self.ledger = Ledger(run.ledger_file, config.communication.cap_mib)
+        self.decisive = decisive_values(config)
+        self.prefixes = Prefix(run.ledger_file), Prefix(run.metrics_file)
+        self.clients: dict[str, str] = {}
         self.done = self._restore()
 
     def run_rounds(self) -> None:
@@ -107,6 +101,7 @@ class Rounds:
             CapError: the next round's messages would pass the cap, or the round the privacy budget; the last adapter is saved.
         """
         if self.done >= self.config.federation.rounds:
+            self._save_last()
             return
         roster = Roster(self.grid, self.config.federation, self._note_question)
         roster.wait_for_clients()
@@ -131,7 +126,7 @@ class Rounds:
             self._note(server_round, verdict, rate)
         self._check_failures(server_round, chosen, replies, rejected)
         loss = self._aggregate(server_round, replies, len(chosen))
-        self._commit(server_round)
+        self._commit(server_round, chosen)
         tell(
             RoundDone(
                 round=server_round,
@@ -372,13 +367,25 @@ class Rounds:
             )
         )
 
-    def _commit(self, server_round: int) -> None:
+    def _commit(self, server_round: int, chosen: Sequence[Client]) -> None:
         """Make the round permanent: checkpoint, files of the run, then the state that resume starts from."""
         write_text(self.run.comm_cost_file, "".join(line + "\n" for line in comm_cost_lines(self.ledger.entries)))
         if self.config.is_checkpoint(server_round):
             self._save_adapter(server_round)
         sync_folder(self.run.path)
-        progress = Progress(server_round, len(self.ledger.entries), self.run.metrics_file.stat().st_size)
+        ledger, metrics = self.prefixes
+        ledger.grow()
+        metrics.grow()
+        self.clients = _newest(self.clients | client_states(self.run, (c.partition for c in chosen), server_round))
+        progress = Progress(
+            round=server_round,
+            ledger_entries=len(self.ledger.entries),
+            metrics_bytes=metrics.bytes,
+            ledger_marks=ledger.marks,
+            metrics_marks=metrics.marks,
+            decisive=self.decisive,
+            clients=self.clients,
+        )
 
         def fill(folder: Path) -> None:
             save_file(self.tensors, folder / "adapter.safetensors")
@@ -411,9 +418,15 @@ class Rounds:
     def _restore(self) -> int:
         """Load the last committed state, if there is one; return its round."""
         state = self.run.last_state()
-        progress = Progress(0, 0, 0)
+        progress = Progress()
         if state is not None:
             progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+            check_config(progress, self.decisive)
+            ledger, metrics = self.prefixes
+            ledger.check(progress.ledger_marks, progress.round)
+            metrics.check(progress.metrics_marks, progress.round)
+            check_clients(progress, self.run)
+            self.clients = dict(progress.clients)
             # Read, not mapped: the folder goes when newer states are there.
             loaded = load((state / "adapter.safetensors").read_bytes())
             self.tensors = {name: loaded[name] for name in self.shapes}  # files are in alphabetical order
@@ -426,6 +439,12 @@ class Rounds:
         if len(self.ledger.entries) > progress.ledger_entries:
             self.ledger.mark_lost(progress.ledger_entries)
         return progress.round
+
+
+def _newest(states: Mapping[str, str]) -> dict[str, str]:
+    """Return one state for each client's folder, the newest."""
+    by_folder = {Path(name).parent: name for name in sorted(states)}
+    return {name: states[name] for name in by_folder.values()}
 
 
 def sample_clients(clients: Sequence[Client], config: FedTuneConfig, server_round: int) -> list[Client]:

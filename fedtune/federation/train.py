@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -123,8 +124,8 @@ def _train(
         else:
             write_inputs(run.inputs_file, inputs)
         if config.privacy.mode == "local" and config.federation.engine != "superlink":
-            _check_accounts(run, config.federation.clients, new=resume is None)
-        if resume is None or is_moved:
+            _check_accounts(run, config.federation.clients, place.rounds_done(run), new=resume is None)
+        if resume is None or is_moved or place.pinned != run.read_config():
             write_json(run.config_file, place.pinned.model_dump(mode="json"))
         tell(RunOpened(run.path, place.rounds_done(run)))
         place.tell_data()
@@ -356,8 +357,10 @@ def _check_files(run: RunDirectory) -> None:
     try:
         lines = read_json_lines(run.metrics_file)
         for number, line in enumerate(lines, 1):
-            if not isinstance(line.get("status"), str) or type(line.get("round")) is not int:
-                raise ValueError(f"line {number} of {run.metrics_file} lacks its round or status")
+            if not isinstance(line.get("status"), str) or not all(
+                type(line.get(key)) is int for key in ("round", "partition")
+            ):
+                raise ValueError(f"line {number} of {run.metrics_file} lacks its round, partition or status")
     except ValueError as error:
         raise UsageError(f"The metrics are damaged: {error}.", hint="Restore the file from a backup.") from None
 
@@ -367,18 +370,27 @@ def _write_report(run: RunDirectory) -> None:
         write_report(run)
 
 
-def _check_accounts(run: RunDirectory, clients: int, *, new: bool) -> None:
+def _check_accounts(run: RunDirectory, clients: int, committed: int, *, new: bool) -> None:
     """Make the clients' privacy accounts of a new run; those of a resumed one are there, or the run cannot go on.
 
     Raises:
-        MissingError: an account is gone or damaged.
+        MissingError: an account is gone or damaged, or holds fewer releases than the run has accepted.
     """
+    lines = read_json_lines(run.metrics_file)
+    accepted = {(line["partition"], line["round"]) for line in lines if line["status"] == "ok"}
+    released = Counter(partition for partition, number in accepted if number <= committed)
     for partition in range(clients):
         book = AccountBook(run.client_state(partition))
         if new:
             book.open()
         else:
-            book.account(ACCOUNT_OF_RUN)
+            account = book.account(ACCOUNT_OF_RUN)
+            if account is None or len(account.releases) < released[partition]:
+                raise MissingError(
+                    f"{book.file} holds fewer releases than the {released[partition]} that the run has accepted of client "
+                    f"{partition}.",
+                    hint="Restore the run directory from a backup, or start a new run.",
+                )
 
 
 def _write_about(
@@ -440,7 +452,7 @@ def _sizes_said(config: FedTuneConfig, accepted: list[Mapping[str, Any]]) -> lis
 def round_loss(lines: list[Mapping[str, float]], server_round: int) -> float | None:
     """Return a round's training loss: the mean of its clients', weighted by their numbers of examples; None where untold."""
     of_round = [line for line in lines if line["round"] == server_round]
-    if any("train_loss" not in line for line in of_round):
+    if not of_round or any("train_loss" not in line for line in of_round):
         return None
     weights = sum(line["num_examples"] for line in of_round)
     return sum(line["train_loss"] * line["num_examples"] for line in of_round) / weights

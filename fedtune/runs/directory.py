@@ -42,6 +42,8 @@ RUNS = Path("runs")
 
 _SUPERLINK_NUMBERS = ("run_id", "event", "rounds")
 
+_STATE = re.compile(r"round-\d{4,}")
+"""Names of committed states; a copy that somebody keeps beside them is none."""
 _KEPT_STATES = 2
 """The last state and the one before it, in case the disk damages the last."""
 
@@ -116,8 +118,8 @@ class RunDirectory:
 
         Of a run on a SuperLink those whose results are here.
         """
-        manifests = self.state_folder.glob("round-[0-9]*/manifest.json")
-        here = max((int(path.parent.name.removeprefix("round-")) for path in manifests), default=0)
+        signed = [state for state in self._states() if (state / "manifest.json").is_file()]
+        here = max((int(state.name.removeprefix("round-")) for state in signed), default=0)
         if not self.superlink_file.is_file():
             return here
         return max(here, int(self.read_superlink()["rounds"]))
@@ -213,7 +215,7 @@ class RunDirectory:
         return None
 
     def _states(self) -> list[Path]:
-        return sorted(self.state_folder.glob("round-[0-9]*"))
+        return sorted(path for path in self.state_folder.glob("round-*") if _STATE.fullmatch(path.name))
 
 
 def create_run(root: Path, config: FedTuneConfig) -> RunDirectory:
@@ -307,7 +309,7 @@ def is_intact(folder: Path) -> bool:
     """Whether every file that the folder's manifest names is there with its sha256."""
     try:
         digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return all(file_sha256(folder / name) == digest for name, digest in digests.items())
+        return bool(digests) and all(file_sha256(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -427,3 +427,89 @@ def test_an_unexpected_error_is_called_internal(tmp_path: Path, monkeypatch: pyt
     assert done.returncode == 1
     assert "internal error: KeyError: 'x'" in done.stderr
     assert "--debug" in done.stderr
+
+
+# --- a resumed run goes on from what was committed, or not at all ------------------------------------------------------
+
+
+def without_last_lines(count: int) -> Callable[[Path], object]:
+    return lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:-count]))
+
+
+def with_a_line_twice(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:-1], lines[0]]))
+
+
+def with_other_noise(path: Path) -> None:
+    table = json.loads(path.read_text())
+    table["training"]["weight_decay"] = 0.5
+    path.write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("ledger.jsonl", Path.unlink, "is shorter than when round 1 was committed"),
+        ("ledger.jsonl", without_last_lines(3), "is shorter than when round 1 was committed"),
+        ("ledger.jsonl", with_a_line_twice, "when round 1 was committed"),
+        ("metrics.jsonl", Path.unlink, "is shorter than when round 1 was committed"),
+        ("config.json", with_other_noise, "training.weight_decay: 0.0 in the rounds that are committed, 0.5 now"),
+    ],
+)
+def test_what_was_committed_is_compared(stopped: Path, name: str, damage: Callable[[Path], object], said: str) -> None:
+    run = the_run(stopped)
+    damage(run.path / name)
+    done = typed("train", "--resume", *GO_ON, cwd=stopped)
+    assert done.returncode in (2, 3), done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert run.committed_rounds() == 1
+
+
+def test_a_copy_of_a_state_beside_it_is_no_state(stopped: Path, uninterrupted: bytes) -> None:
+    run = the_run(stopped)
+    for name in ("round-0001.bak", "round-0001 (copy)"):
+        shutil.copytree(run.state_folder / "round-0001", run.state_folder / name)
+    assert typed("train", "--resume", *GO_ON, cwd=stopped).returncode == 0
+    assert weights(run) == uninterrupted
+
+
+def test_what_a_resumed_run_changes_is_in_its_config(stopped: Path) -> None:
+    """The audit measures against the cap that the run has, and a card names its privacy budget."""
+    run = the_run(stopped)
+    assert typed("train", "--resume", *GO_ON, cwd=stopped).returncode == 0
+    assert run.read_config().communication.cap_mib == 100.0
+    # A finished run whose adapter was deleted writes it again.
+    before = weights(run)
+    shutil.rmtree(max(run.path.glob("peft_*")))
+    assert typed("train", "--resume", cwd=stopped).returncode == 0
+    assert weights(run) == before
+
+
+def test_a_client_state_that_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:
+    """The rounding errors of a codec are part of the result."""
+    rows(tmp_path)
+    words = [
+        "--data",
+        "rows.jsonl",
+        *SMALL,
+        "--set",
+        "model.base=builtin:tiny",
+        "--set",
+        "communication.codec=int8",
+        "--set",
+        "communication.cap_mib=0.045",
+    ]
+    done = typed("train", *words, cwd=tmp_path)
+    assert done.returncode == 5, done.stderr
+    run = the_run(tmp_path)
+    file = next(run.state_folder.glob("clients/*/round-0001.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    refused = typed("train", "--resume", *GO_ON, cwd=tmp_path)
+    assert refused.returncode == 3
+    assert "is damaged, and without it the result would differ" in " ".join(refused.stderr.split())
+    file.unlink()
+    assert typed("train", "--resume", *GO_ON, cwd=tmp_path).returncode == 3
+    file.write_bytes(whole)
+    assert typed("train", "--resume", *GO_ON, cwd=tmp_path).returncode == 0

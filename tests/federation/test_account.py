@@ -20,13 +20,13 @@ from test_node import bundle, config_json, context, question, rows
 
 from fedtune.config.load import load_config
 from fedtune.config.schema import PrivacyConfig
-from fedtune.errors import ClientError, MissingError
+from fedtune.errors import CapError, ClientError, MissingError
 from fedtune.federation import account as module
 from fedtune.federation import client
-from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
+from fedtune.federation.account import ACCOUNT_OF_RUN, Account, AccountBook
 from fedtune.federation.node.policy import NO_STATE, NodeSettings, config_on_node
 from fedtune.federation.node.run import answer
-from fedtune.federation.privacy import composed_epsilon, exceeds, gaussian_epsilon, release_mu
+from fedtune.federation.privacy import composed_epsilon, exceeds, gaussian_epsilon, new_key, release_mu
 from fedtune.federation.train import train
 from fedtune.federation.workspace import NodeWorkspace
 from fedtune.models.adapter import initial_tensors
@@ -593,3 +593,22 @@ def test_a_resumed_simulation_without_its_accounts_is_refused_before_training(
     with pytest.raises(MissingError, match="privacy account"):
         train(more, out=tmp_path, resume=run)
     assert len(trainings) == begun
+
+
+def test_a_resumed_simulation_with_fewer_releases_than_it_has_accepted_is_refused(tmp_path: Path) -> None:
+    """A valid account that is empty, or another client's, would give its client a part of the budget again."""
+    settings = [
+        *("privacy.mode=local", "privacy.noise_multiplier=40", "federation.rounds=2", "federation.fraction=1.0"),
+        *("training.max_steps=1", "training.batch_size=2", "communication.cap_mib=5.0"),
+    ]
+    config = load_config(challenge="tiny", settings=settings).config
+    with pytest.raises(CapError):
+        train(config, out=tmp_path)
+    (run,) = [RunDirectory(path) for path in tmp_path.iterdir()]
+    book = AccountBook(run.client_state(0))
+    with book._locked():
+        book._seen.clear()
+        book._write({ACCOUNT_OF_RUN: Account(new_key())})
+    book._seen.clear()
+    with pytest.raises(MissingError, match="holds fewer releases than the 1 that the run has accepted of client 0"):
+        train(config, out=tmp_path, resume=run)
