@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from fedtune.config.load import load_config
     from fedtune.config.schema import FedTuneConfig
     from fedtune.evaluation.evaluate import EvalSettings, evaluate
-    from fedtune.export.finished import open_run
-    from fedtune.export.folder import export_folder
-    from fedtune.export.hub import publish
-    from fedtune.export.merged import export_merged
-    from fedtune.export.submission import export_submission
+    from fedtune.export.checkpoint import open_run
+    from fedtune.export.publish import publish
+    from fedtune.export.targets.folder import export_folder
+    from fedtune.export.targets.merged import export_merged
+    from fedtune.export.targets.submission import export_submission
     from fedtune.federation.train import TrainResult, train
 
 __all__ = [
@@ -45,13 +45,13 @@ _HOMES = {
     "FedTuneConfig": "fedtune.config.schema",
     "TrainResult": "fedtune.federation.train",
     "evaluate": "fedtune.evaluation.evaluate",
-    "export_folder": "fedtune.export.folder",
-    "export_merged": "fedtune.export.merged",
-    "export_submission": "fedtune.export.submission",
+    "export_folder": "fedtune.export.targets.folder",
+    "export_merged": "fedtune.export.targets.merged",
+    "export_submission": "fedtune.export.targets.submission",
     "load_config": "fedtune.config.load",
-    "open_run": "fedtune.export.finished",
+    "open_run": "fedtune.export.checkpoint",
     "plan": "fedtune.budget.plan",
-    "publish": "fedtune.export.hub",
+    "publish": "fedtune.export.publish",
     "train": "fedtune.federation.train",
 }
 

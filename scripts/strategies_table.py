@@ -20,7 +20,7 @@ import textwrap
 import typing
 from pathlib import Path
 
-from fedtune.config.load import strategy_options
+from fedtune.config.strategies import STRATEGIES
 from fedtune.runs.atomic import write_json, write_text
 from fedtune.units import to_mib
 
@@ -30,7 +30,7 @@ SPLITS = {
     "iid": ("data.partitioner=iid",),
     "dirichlet": ("data.partitioner=dirichlet", "data.partition_by=clinic", "data.alpha=0.3"),
 }
-NAMES = [typing.get_args(option.model_fields["name"].annotation)[0] for option in strategy_options()]
+NAMES = list(STRATEGIES)
 
 Row = dict[str, typing.Any]
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fedtune.budget.count import Shapes
 from fedtune.budget.plan import Plan, plan, shapes_of
 from fedtune.config.schema import CommunicationConfig, FedTuneConfig
-from fedtune.config.strategies import replies_needed
+from fedtune.config.strategies.base import Shapes
 from fedtune.errors import CapError, FedTuneError
 from fedtune.units import to_mib
 
@@ -79,7 +78,7 @@ def fit(config: FedTuneConfig, what: What, cap_mib: float) -> Fit:
         return known[value].total_bytes
 
     value = largest(bytes_of, int(cap_mib * 2**20))
-    needed = max(config.federation.required_replies, replies_needed(config.strategy))
+    needed = max(config.federation.required_replies, config.strategy.replies_needed)
     if value == 0 or known[value].clients_per_round < needed:
         of_smallest = to_mib(bytes_of(max(1, value)))
         why = f"{needed} clients a round (federation.min_success, strategy.name)" if value else f"{PATHS[what]} = 1"

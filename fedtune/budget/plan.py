@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from fedtune.budget.count import Shapes, wire_bytes
-from fedtune.budget.envelope import Span, message_span, reply_span
-from fedtune.budget.traffic import down_shapes, groups_of_rounds, sample, up_shapes
-from fedtune.budget.traffic import kind as kind_of
 from fedtune.config.facts import known_architecture
 from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies.base import Shapes
+from fedtune.protocol.message_size import Span, message_span, reply_span
+from fedtune.protocol.sampling import sample
+from fedtune.protocol.wire_format import wire_bytes
 
 if TYPE_CHECKING:
     from fedtune.models.shapes import AdapterForm
 
 Kind = tuple[int, int]
-"""What the shapes of a message depend on, beside the config (`traffic.kind`)."""
+"""What the shapes of a message depend on, beside the config (`StrategyOptions.kind`)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def plan(config: FedTuneConfig, shapes: Shapes | None = None) -> Plan:
         shapes, notes = form.shapes, form.notes
     sizes = Sizes(config, shapes)
     federation = config.federation
-    groups = [(sizes.kinds(number), count) for number, count in groups_of_rounds(config, shapes)]
+    groups = [(sizes.kinds(number), count) for number, count in config.strategy.groups_of_rounds(config, shapes)]
     counts: Counter[Kind] = Counter()
     for drawn, count in groups:
         for kind, messages in drawn.items():
@@ -161,7 +161,7 @@ class Sizes:
         """Return how many messages of each kind a round has."""
         federation = self.config.federation
         # Only where clients differ does it matter who is drawn.
-        by_client = self.config.strategy.name == "flexlora"
+        by_client = self.config.strategy.differs_by_client(self.config)
         drawn = sample(self.config, server_round) if by_client else range(1)
         counts = Counter(self._kind(server_round, partition) for partition in drawn)
         return counts if by_client else Counter(dict.fromkeys(counts, federation.clients_per_round))
@@ -189,14 +189,14 @@ class Sizes:
 
     def down_shapes(self, kind: Kind) -> Shapes:
         """Return what a message of a kind carries."""
-        return down_shapes(self.config, self.shapes, *self._places[kind])
+        return self.config.strategy.down_shapes(self.config, self.shapes, *self._places[kind])
 
     def up_shapes(self, kind: Kind) -> Shapes:
         """Return what a reply of a kind carries."""
-        return up_shapes(self.config, self.shapes, *self._places[kind])
+        return self.config.strategy.up_shapes(self.config, self.shapes, *self._places[kind])
 
     def _kind(self, server_round: int, partition: int) -> Kind:
-        found = kind_of(self.config, self.shapes, server_round, partition)
+        found = self.config.strategy.kind(self.config, self.shapes, server_round, partition)
         self._places.setdefault(found, (server_round, partition))
         return found
 

@@ -1,39 +1,33 @@
-"""`fedtune export`: from a run to something that others can use."""
+"""`fedtune export`: exports an adapter of a run in one of the forms that `fedtune/export/targets/` defines."""
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
+import click
 import typer
 
 from fedtune.cli import options
 from fedtune.cli.console import guarded, note, print_data, print_json, stderr
+from fedtune.errors import UsageError
+from fedtune.export.target import targets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fedtune.export.finished import FinishedRun
-    from fedtune.export.package import Exported
-
-_TARGETS = ("folder", "merged", "submission", "hf-hub")
-_BELONGS = {
-    "--tokenizer": ("folder", "hf-hub"),
-    "--license": ("folder", "merged", "hf-hub"),
-    "--out": ("folder", "merged", "submission"),
-    "--repo": ("hf-hub",),
-    "--public": ("hf-hub",),
-    "--revision": ("hf-hub",),
-    "--message": ("hf-hub",),
-    "--draft": ("submission",),
-}
-"""The targets that an option says something about."""
+    from fedtune.export.checkpoint import RunCheckpoint
+    from fedtune.export.target import Listener, Target
 
 
 @guarded
-def export(
+def _export(
     run: Annotated[
         str | None,
         typer.Argument(
@@ -42,19 +36,14 @@ def export(
             help="A run (a path, a name, or latest) or one of its adapters; the latest run unless given.",
         ),
     ] = None,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to", metavar="TARGET", show_default=False, help="folder (unless given), merged, submission or hf-hub."
-        ),
-    ] = "folder",
+    to: str = "folder",
     peft: Annotated[
         str | None,
         typer.Option(
             "--peft",
             parser=options.path_or_name,
             metavar="NAME",
-            help="The run's adapter, peft_10; the last unless given.",
+            help="The adapter of the run, such as peft_10; the last unless given.",
         ),
     ] = None,
     runs: Annotated[
@@ -67,34 +56,7 @@ def export(
             help="The folder that holds the run directories.",
         ),
     ] = Path("runs"),
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=options.path,
-            metavar="DIR",
-            help="The folder to write; one in exports, named after the run, unless given.",
-        ),
-    ] = None,
-    tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Add the base's tokenizer files.")] = False,
-    licence: Annotated[
-        str | None, typer.Option("--license", metavar="NAME", help="The licence in the card, such as apache-2.0.")
-    ] = None,
-    repo: Annotated[
-        str | None, typer.Option("--repo", metavar="USER/NAME", help="The repository on the hub, for --to hf-hub.")
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public; private unless given.")
-    ] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="The repository's branch; main unless given.")
-    ] = None,
-    message: Annotated[
-        str | None, typer.Option("--message", metavar="TEXT", help="The commit's message on the hub.")
-    ] = None,
-    draft: Annotated[
-        bool, typer.Option("--draft", help="Write a submission that is not complete, marked as a draft.")
-    ] = False,
+    *,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="List the files with their sizes and show the card; write and send nothing."),
@@ -105,61 +67,115 @@ def export(
             "--check",
             parser=options.path,
             metavar="PATH",
-            help="Check a submission, fedtune's or anyone's, instead of making one.",
+            help="Check an existing submission, whoever wrote it, instead of exporting a run.",
         ),
     ] = None,
     json: options.Json = False,
     debug: options.Debug = False,
+    **target_options: Any,
 ) -> None:
-    """Make a folder, a merged model, a leaderboard submission or a hub repository of a run's adapter.
+    """Export an adapter of a run as a folder, a merged model, a leaderboard submission or a hub repository.
 
     Example: fedtune export latest --to folder --license apache-2.0
     """
-    from fedtune.errors import UsageError
-
-    given = {
-        "--tokenizer": tokenizer,
-        "--license": licence is not None,
-        "--out": out is not None,
-        "--repo": repo is not None,
-        "--public": public,
-        "--revision": revision is not None,
-        "--message": message is not None,
-        "--draft": draft,
-    }
+    given = {name: value for name, value in target_options.items() if value is not None and value is not False}
     if check is not None:
-        if run is not None or peft is not None or dry_run or any(given.values()) or to != "folder":
-            raise UsageError("--check reads a submission that is there.", hint=f"Alone: fedtune export --check {check}")
+        if run is not None or peft is not None or dry_run or given or to != "folder":
+            raise UsageError(
+                "--check reads an existing submission and exports nothing.",
+                hint=f"Use it without other options: fedtune export --check {check}",
+            )
         _check(check, json)
         return
-    if to not in _TARGETS:
-        raise UsageError(f"--to {to} is not one of {', '.join(_TARGETS)}.")
-    if stray := [flag for flag, there in given.items() if there and to not in _BELONGS[flag]]:
-        raise UsageError(
-            f"{stray[0]} does not go with --to {to}.", hint=f"It goes with {', '.join(_BELONGS[stray[0]])}."
-        )
-    if to == "hf-hub" and repo is None:
-        raise UsageError("--to hf-hub needs to know which repository.", hint="Name it: --repo USER/NAME")
-
-    finished = _open(run, peft, runs)
-    if to == "hf-hub":
-        _publish(finished, str(repo), public, revision, message, licence, tokenizer, dry_run, json)
-    elif dry_run:
-        _show_plan(finished, to, *_planned(finished, to, licence, tokenizer, draft), (), json)
-    else:
-        exported = _write(finished, to, out or _default_out(finished, to), licence, tokenizer, draft, quiet=json)
+    target = _target(to, given)
+    checkpoint = _open(run, peft, runs)
+    subject = {"to": to, "run": checkpoint.run.path, "adapter": checkpoint.name}
+    if dry_run:
+        plan = target.plan(checkpoint)
         if json:
-            print_json(
-                {**_subject(finished, to), "folder": exported.folder, "files": exported.sizes, "notes": exported.notes}
+            print_json({**subject, "dry_run": True, "files": plan.sizes, "card": plan.card, "notes": plan.notes})
+            return
+        _show_notes(plan.notes, plan.sizes)
+        width = max(map(len, plan.sizes))
+        print_data("".join(f"{name:<{width}}  {size:>15,} bytes\n" for name, size in plan.sizes.items()))
+        print_data(f"\n{plan.card}")
+        return
+    with _progress(hidden=json) as listener:
+        result = target.write(checkpoint, listener)
+    if json:
+        print_json(subject | vars(result))
+        return
+    _show_notes(result.notes, result.sizes)
+    if result.status:
+        note(result.status)
+    print_data(f"{result.location}\n")
+
+
+def make_command() -> Callable[..., None]:
+    """Return the command with the options of all targets that `targets()` finds."""
+
+    @functools.wraps(_export)
+    def export(**values: Any) -> None:
+        _export(**values)
+
+    shared = dict(signature(_export, eval_str=True).parameters)
+    del shared["target_options"]
+    names = sorted(targets())
+    to = typer.Option(
+        "folder",
+        "--to",
+        click_type=click.Choice(names),
+        metavar="TARGET",
+        show_default=False,
+        help=f"One of {', '.join(names)}; folder unless given.",
+    )
+    shared["to"] = shared["to"].replace(default=to)
+    positional = [each for each in shared.values() if each.kind is not Parameter.KEYWORD_ONLY]
+    keywords = [each for each in shared.values() if each.kind is Parameter.KEYWORD_ONLY]
+    export.__signature__ = signature(_export).replace(  # type: ignore[attr-defined]
+        parameters=[*positional, *_target_parameters(), *keywords]
+    )
+    return export
+
+
+def _target_parameters() -> list[Parameter]:
+    """Return a parameter for each option of each target; options of the same name are one."""
+    parameters: dict[str, Parameter] = {}
+    for target in targets().values():
+        types = get_type_hints(target)
+        for name, option in target.options().items():
+            parser = options.path if Path in get_args(types[name]) else None
+            is_switch = types[name] is bool
+            default = typer.Option(
+                False if is_switch else None, option.flag, metavar=option.metavar, help=option.help, parser=parser
             )
-        else:
-            _say(exported.notes, exported.sizes)
-            print_data(f"{exported.folder}\n")
+            kind = bool if is_switch else types[name] | None
+            parameters.setdefault(name, Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return list(parameters.values())
 
 
-def _open(run: str | None, peft: str | None, runs: Path) -> FinishedRun:
-    """Return the adapter that the command line means."""
-    from fedtune.export.finished import open_run
+def _target(name: str, given: Mapping[str, Any]) -> Target:
+    """Return the target with the options that the user gave.
+
+    Raises:
+        UsageError: an option belongs to another target, or one that the target needs is missing.
+    """
+    kind = targets()[name]
+    for given_name in given:
+        owners = {each.name: each.options()[given_name] for each in targets().values() if given_name in each.options()}
+        if name not in owners:
+            flag = next(iter(owners.values())).flag
+            raise UsageError(f"{flag} does not go with --to {name}.", hint=f"It goes with --to {', '.join(owners)}.")
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.default is MISSING and field.name not in given:
+            option = kind.options()[field.name]
+            raise UsageError(f"--to {name} needs {option.flag}.", hint=f"Add {option.flag} {option.metavar}")
+    return kind(**given)
+
+
+def _open(run: str | None, peft: str | None, runs: Path) -> RunCheckpoint:
+    """Return the adapter that the command line names."""
+    from fedtune.export.checkpoint import open_run
     from fedtune.runs.directory import find_adapter
 
     if run is not None and peft is None and re.fullmatch(r"peft_\d+", Path(run).name):
@@ -168,107 +184,18 @@ def _open(run: str | None, peft: str | None, runs: Path) -> FinishedRun:
     return open_run(None if run == "latest" else run, peft, runs)
 
 
-def _default_out(finished: FinishedRun, to: str) -> Path:
-    name = finished.run.path.resolve().name
-    if to != "submission":
-        return Path("exports") / f"{name}-{finished.name}{'-merged' if to == 'merged' else ''}"
-    # Flower takes 32 letters, digits and hyphens as an app's folder, a letter first.
-    plain, end = re.sub("[^A-Za-z0-9]+", "-", name).strip("-"), f"-r{finished.round}"
-    plain = plain if plain[:1].isalpha() else f"run-{plain}"
-    return Path("exports") / (plain[: 32 - len(end)].rstrip("-") + end)
-
-
-def _write(
-    finished: FinishedRun, to: str, out: Path, licence: str | None, tokenizer: bool, draft: bool, *, quiet: bool
-) -> Exported:
-    if to == "folder":
-        from fedtune.export.folder import export_folder
-
-        return export_folder(finished, out, licence=licence, tokenizer=tokenizer)
-    if to == "submission":
-        from fedtune.export.submission import export_submission
-
-        return export_submission(finished, out, draft=draft)
+@contextmanager
+def _progress(*, hidden: bool) -> Iterator[Listener]:
+    """Show a progress bar as soon as the listener is called."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fedtune.export.merged import export_merged
-
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=quiet or not stderr.is_terminal) as bar:
-        task = bar.add_task("merging", total=None)
-        return export_merged(
-            finished,
-            out,
-            licence=licence,
-            listener=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with Progress(*columns, console=stderr, transient=True, disable=hidden or not stderr.is_terminal) as bar:
+        task = bar.add_task("writing", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-def _planned(
-    finished: FinishedRun, to: str, licence: str | None, tokenizer: bool, draft: bool
-) -> tuple[Mapping[str, int], str]:
-    """Return the files that would be written, with their bytes, and the card among them."""
-    if to == "merged":
-        from fedtune.export.card import card
-        from fedtune.export.merged import merged_sizes
-
-        return merged_sizes(finished, licence=licence), card(finished, licence=licence, merged=True)
-    if to == "submission":
-        from fedtune.export.submission import submission_package
-
-        package = submission_package(finished, draft=draft)
-    else:
-        from fedtune.export.folder import folder_package
-
-        package = folder_package(finished, licence=licence, tokenizer=tokenizer)
-    return package.sizes(), package.text("README.md")
-
-
-def _publish(
-    finished: FinishedRun,
-    repo: str,
-    public: bool,
-    revision: str | None,
-    message: str | None,
-    licence: str | None,
-    tokenizer: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    from fedtune.export.folder import folder_package, notes
-    from fedtune.export.hub import publish
-
-    package = folder_package(finished, licence=licence, tokenizer=tokenizer)
-    done = publish(finished, package, repo, public=public, revision=revision, message=message, dry_run=dry_run)
-    said = (*done.notes, *notes(finished))
-    if dry_run:
-        _show_plan(finished, "hf-hub", done.sizes, package.text("README.md"), said, as_json)
-    elif as_json:
-        print_json({**_subject(finished, "hf-hub"), **asdict(done), "notes": said})
-    else:
-        _say(said, done.sizes)
-        note("all was there already" if done.unchanged else f"commit {done.commit}")
-        print_data(f"{done.url}\n")
-
-
-def _show_plan(
-    finished: FinishedRun, to: str, sizes: Mapping[str, int], card: str, notes: tuple[str, ...], as_json: bool
-) -> None:
-    """Show what would be written or sent."""
-    if as_json:
-        print_json({**_subject(finished, to), "dry_run": True, "files": sizes, "card": card, "notes": notes})
-        return
-    _say(notes, sizes)
-    width = max(map(len, sizes))
-    print_data("".join(f"{name:<{width}}  {size:>15,} bytes\n" for name, size in sizes.items()))
-    print_data(f"\n{card}")
-
-
-def _subject(finished: FinishedRun, to: str) -> dict[str, object]:
-    return {"to": to, "run": finished.run.path, "adapter": finished.name}
-
-
-def _say(notes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
+def _show_notes(notes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
     from fedtune.units import format_bytes
 
     for text in notes:
@@ -277,8 +204,8 @@ def _say(notes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
 
 
 def _check(path: Path, as_json: bool) -> None:
-    """Print one line per finding; exit code 2 with any."""
-    from fedtune.export.check import check
+    """Print one line per finding; exit code 2 if there is one."""
+    from fedtune.export.lint.check import check
 
     found = check(path)
     if as_json:
@@ -287,8 +214,11 @@ def _check(path: Path, as_json: bool) -> None:
         print_data("".join(f"{finding.file}: {finding.text}\n" for finding in found.findings))
         count = len(found.findings)
         said = "no findings" if not count else "1 finding" if count == 1 else f"{count} findings"
-        note(f"{path}: {said}; there was to check:")
+        note(f"{path}: {said}; checked:")
         for line in found.checked:
             note(f"  {line}")
     if found.findings:
         raise typer.Exit(2)
+
+
+export = make_command()

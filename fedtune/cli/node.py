@@ -12,7 +12,7 @@ from fedtune.cli.console import guarded, note, print_data, warn
 from fedtune.errors import ConfigError, MissingError, UsageError
 
 if TYPE_CHECKING:
-    from fedtune.federation.node import NodeSettings, Term
+    from fedtune.federation.node.policy import NodeSettings, Term
 
 
 @guarded
@@ -97,7 +97,7 @@ def node(
     for line in [*facts, f"answering {superlink} as client {partition}; end with Ctrl-C"]:
         note(line)
 
-    from fedtune.federation.supernode import run_node
+    from fedtune.federation.node.run import run_node
 
     try:
         run_node(settings, superlink=superlink, partition=partition, ca=ca, key=key, insecure=insecure)
@@ -118,7 +118,7 @@ def _settings(
 ) -> NodeSettings:
     """Return what the owner decided; templates, base model and privacy where a flag, a preset or a file names them."""
     from fedtune.config.load import load_config
-    from fedtune.federation.node import NodeSettings, privacy_terms
+    from fedtune.federation.node.policy import NodeSettings, privacy_terms
     from fedtune.runs.directory import expanded
 
     resolved = load_config(
@@ -161,7 +161,7 @@ def _limits(at_most: list[str]) -> list[Term]:
     """Return the terms of `--at-most`."""
     from fedtune.config.facts import table_value, value_at
     from fedtune.config.load import leaves, load_config, parse_setting
-    from fedtune.federation.node import Term
+    from fedtune.federation.node.policy import Term
 
     flag = "--at-most"
     tables = [(f"{flag} {text}", parse_setting(text, flag)) for text in at_most]
@@ -178,7 +178,7 @@ def _check(settings: NodeSettings, superlink: str, ca: Path | None, key: Path | 
     """Check all that a node needs, the quick things first; return what was found, in lines."""
     from importlib.metadata import version
 
-    from fedtune.federation.credentials import check_ca, check_key, check_superlink
+    from fedtune.federation.flower.credentials import check_ca, check_key, check_superlink
 
     if ca:
         check_ca(ca)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,10 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from fedtune.config.base import keys_of
 from fedtune.config.facts import load_preset, table_value
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.section import Section
-from fedtune.config.strategies import StrategyOptions
+from fedtune.config.strategies import STRATEGIES
 from fedtune.errors import ConfigError, Problem, UsageError
 
 Table = dict[str, Any]
@@ -175,29 +174,14 @@ def _toml_value(value: Any) -> str:
 
 def known_paths() -> list[str]:
     """Return every dotted path of the config, strategy options included."""
-    return sorted(set(_paths_of(FedTuneConfig, "")))
-
-
-def _paths_of(section: type[Section], prefix: str) -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        members = strategy_options() if name == "strategy" else [info.annotation]
-        for member in members:
-            if isinstance(member, type) and issubclass(member, Section):
-                yield from _paths_of(member, f"{prefix}{name}.")
-            else:
-                yield prefix + name
-
-
-def strategy_options() -> Sequence[type[Section]]:
-    """Return the sections that `strategy` may be, one an algorithm."""
-    return typing.get_args(StrategyOptions)
+    return sorted({path for path, _ in keys_of(FedTuneConfig)})
 
 
 def problems_of(error: ValidationError, origins: Mapping[str, str]) -> list[Problem]:
     """Translate pydantic's errors into problems, one a path, with origin and nearest key."""
     paths = known_paths()
     sections = {path.rpartition(".")[0] for path in paths}
-    tags = {typing.get_args(member.model_fields["name"].annotation)[0] for member in strategy_options()}
+    tags = set(STRATEGIES)
     problems: dict[str, Problem] = {}
     for detail in error.errors():
         parts = [str(part) for part in detail["loc"]]

@@ -12,8 +12,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedtune.config.section import Section
-from fedtune.config.strategies import PRODUCT_STRATEGIES, FedAvg, FlexLoRA, StrategyConfig, replies_needed
+from fedtune.config.base import Key, Section
+from fedtune.config.strategies import STRATEGIES, StrategyConfig
+from fedtune.config.strategies.averages import FedAvg
 
 BUILTIN_TINY = "builtin:tiny"
 
@@ -26,17 +27,17 @@ Codec = Literal["none", "bf16", "int8", "int4"]
 class ModelConfig(Section):
     """The base model: which, and how it is held in memory."""
 
-    base: str = Field("mistralai/Mistral-7B-v0.3", min_length=1)
+    base: Annotated[str, Key(publishable="name", in_card=True)] = Field("mistralai/Mistral-7B-v0.3", min_length=1)
     """A hub id, a local folder, or `builtin:tiny` (ships with fedtune)."""
-    revision: str | None = None
+    revision: Annotated[str | None, Key(in_card=True)] = None
     """Branch, tag or commit on the hub; the commit actually used is recorded in the run."""
-    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    quantization: Annotated[Literal["nf4", "fp4", "int8", "none"], Key(in_card=True)] = "nf4"
     """How the base's linear weights are stored. The leaderboard's 4-bit is `fp4` (protocol, section 4)."""
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of forward and backward; `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
     dequantize: Switch = "auto"
     """Keep 4-bit weights dequantized in memory: same values, no dequantization in every pass; `auto` where memory allows."""
-    gradient_checkpointing: Switch = "auto"
+    gradient_checkpointing: Annotated[Switch, Key(resumable=True)] = "auto"
     """Recompute activations in the backward pass to save memory; `auto` turns it on where memory is short."""
     trust_remote_code: bool = False
     """Run the model's own Python code; of a model on the hub only with a full commit hash as `model.revision`."""
@@ -62,21 +63,21 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapter (https://arxiv.org/abs/2106.09685)."""
 
-    rank: PositiveInt = 32
+    rank: Annotated[PositiveInt, Key(in_card=True)] = 32
     """Rank r of the update B·A."""
-    alpha: PositiveInt = 64
+    alpha: Annotated[PositiveInt, Key(in_card=True)] = 64
     """The update is scaled by alpha / rank (by alpha / sqrt(rank) with rsLoRA)."""
-    dropout: float = Field(0.075, ge=0, lt=1)
+    dropout: Annotated[float, Key(in_card=True)] = Field(0.075, ge=0, lt=1)
     """Dropout on the adapter's input while training; linear layers only, PEFT has none for stacked experts."""
-    targets: Literal["default", "all-linear"] | tuple[str, ...] = "default"
+    targets: Annotated[Literal["default", "all-linear"] | tuple[str, ...], Key(in_card=True)] = "default"
     """Names of linear modules, embeddings or stacked experts' parameters; `all-linear`; or PEFT's default for the architecture,
     the attention projections where it has none. Modules that training on text does not reach, such as a vision tower's, get no
     adapter unless they are named in full."""
-    rslora: bool = False
+    rslora: Annotated[bool, Key(in_card=True)] = False
     """Rank-stabilised scaling (https://arxiv.org/abs/2312.03732)."""
-    dora: bool = False
+    dora: Annotated[bool, Key(in_card=True)] = False
     """Weight-decomposed adapter (https://arxiv.org/abs/2402.09353)."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Annotated[tuple[str, ...], Key(in_card=True)] = ()
     """Modules that are trained whole beside the adapter, such as `lm_head`; their weights travel in every message. One that
     the base ties to another (`lm_head` to `embed_tokens`) is trained apart from it."""
 
@@ -99,23 +100,23 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """The instruction set and how it lies among the clients."""
 
-    source: str | None = None
+    source: Annotated[str | None, Key(publishable="name", in_card=True)] = None
     """A hub id, `builtin:tiny`, a JSONL, JSON, CSV or Parquet file, or a folder with one such file per client."""
-    revision: str | None = None
+    revision: Annotated[str | None, Key(in_card=True)] = None
     """Branch, tag or commit on the hub."""
-    split: str = Field("train", min_length=1)
+    split: Annotated[str, Key()] = Field("train", min_length=1)
     """Split of a hub data set."""
-    instruction: str = Field("{instruction}", min_length=1)
+    instruction: Annotated[str, Key()] = Field("{instruction}", min_length=1)
     """Template of the instruction; `{name}` stands for a column."""
-    response: str = Field("{output}", min_length=1)
+    response: Annotated[str, Key()] = Field("{output}", min_length=1)
     """Template of the response, the only text that the loss is computed on."""
-    partitioner: Literal["iid", "dirichlet", "natural", "files"] = "iid"
+    partitioner: Annotated[Literal["iid", "dirichlet", "natural", "files"], Key(in_card=True)] = "iid"
     """Equal random shares; label-skewed shares; one client per value of a column; one client per file."""
-    partition_by: str | None = None
+    partition_by: Annotated[str | None, Key()] = None
     """The column that `dirichlet` and `natural` partition by; also the label of the skew in the partition table."""
     alpha: float = Field(0.5, gt=0)
     """Concentration of `dirichlet`: small is skewed, large is even."""
-    reshuffle: bool = True
+    reshuffle: Annotated[bool, Key(in_card=True)] = True
     """A fresh order of each client's rows in every round; false repeats one order, as the leaderboard's template does."""
 
     @model_validator(mode="after")
@@ -128,21 +129,21 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """What one client does in one round."""
 
-    batch_size: PositiveInt = 16
+    batch_size: Annotated[PositiveInt, Key(in_card=True)] = 16
     """Rows in a micro-batch."""
-    accumulation: PositiveInt = 1
+    accumulation: Annotated[PositiveInt, Key(in_card=True)] = 1
     """Micro-batches in an optimiser step."""
-    max_steps: PositiveInt = 10
+    max_steps: Annotated[PositiveInt, Key(in_card=True)] = 10
     """At most so many optimiser steps a round; whichever of this and `epochs` ends first."""
-    epochs: PositiveInt = 3
+    epochs: Annotated[PositiveInt, Key(in_card=True)] = 3
     """At most so many passes over the client's rows a round."""
-    learning_rate_max: float = Field(5e-5, gt=0)
+    learning_rate_max: Annotated[float, Key(in_card=True)] = Field(5e-5, gt=0)
     """Learning rate at the start of the run; it falls by a cosine over the rounds and is constant inside a round."""
-    learning_rate_min: float = Field(1e-6, ge=0)
+    learning_rate_min: Annotated[float, Key(in_card=True)] = Field(1e-6, ge=0)
     """Learning rate in the last round."""
-    sequence_length: int = Field(512, ge=8)
+    sequence_length: Annotated[int, Key(in_card=True)] = Field(512, ge=8)
     """Longest row in tokens; longer rows are cut at the end."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Key(in_card=True)] = "adamw"
     """torch's AdamW, or bitsandbytes' with 8-bit state, paged or not. It starts afresh in every round."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
@@ -166,31 +167,31 @@ class TrainingConfig(Section):
 class FederationConfig(Section):
     """Who takes part, how often, and where the clients run."""
 
-    clients: PositiveInt = 20
+    clients: Annotated[PositiveInt, Key(in_card=True)] = 20
     """Number of clients, which is the number of partitions of the data."""
     fraction: Fraction = 0.1
     """Share of the clients that train in a round."""
-    rounds: PositiveInt = 200
+    rounds: Annotated[PositiveInt, Key(in_card=True)] = 200
     """Number of rounds."""
-    min_success: PositiveInt | None = None
+    min_success: Annotated[PositiveInt | None, Key(resumable=True)] = None
     """A round with fewer accepted replies ends the run. Without a number one reply is enough, but a client that fails in the same
     way in two rounds ends the run as well; with a number the run goes on without such clients. A node that is gone counts as
     absent, not as failed."""
-    client_timeout_s: float = Field(3600.0, gt=0)
+    client_timeout_s: Annotated[float, Key(resumable=True)] = Field(3600.0, gt=0)
     """A client that has not replied after so many seconds is counted as failed."""
     max_examples: PositiveInt = 1_000_000
     """The most examples that any client may claim, whatever it announces."""
-    engine: Literal["in-process", "ray", "superlink"] = "in-process"
+    engine: Annotated[Literal["in-process", "ray", "superlink"], Key(resumable=True)] = "in-process"
     """Where the clients run: one after another in this process, on Flower's simulation, or on a SuperLink's nodes."""
-    client_cpus: PositiveInt | None = None
+    client_cpus: Annotated[PositiveInt | None, Key(resumable=True)] = None
     """CPU cores of one client on the engine `ray`; None shares out the machine's."""
-    client_gpus: float | None = Field(None, ge=0, le=1)
+    client_gpus: Annotated[float | None, Key(resumable=True)] = Field(None, ge=0, le=1)
     """The part of a GPU that one client gets on the engine `ray`; None is a whole one where there is one."""
-    superlink: str | None = Field(None, min_length=1)
+    superlink: Annotated[str | None, Key(resumable=True, publishable="never")] = Field(None, min_length=1)
     """The SuperLink that `engine = superlink` submits to: `host:port`, or the name of a connection in your Flower config."""
-    superlink_ca: str | None = Field(None, min_length=1)
+    superlink_ca: Annotated[str | None, Key(resumable=True, publishable="never")] = Field(None, min_length=1)
     """File with the certificate that signed the SuperLink's; without it the system's certificates are taken."""
-    superlink_insecure: bool = False
+    superlink_insecure: Annotated[bool, Key(resumable=True)] = False
     """Talk to a SuperLink on another machine without encryption; on this machine that goes without saying."""
 
     @model_validator(mode="after")
@@ -215,17 +216,17 @@ class FederationConfig(Section):
 class CommunicationConfig(Section):
     """What travels, and how much of it may."""
 
-    wire_dtype: Literal["float32", "bf16", "fp16"] = "float32"
+    wire_dtype: Annotated[Literal["float32", "bf16", "fp16"], Key(in_card=True)] = "float32"
     """Number format of adapters in messages; averaging is always in float32."""
-    codec: Codec = "none"
+    codec: Annotated[Codec, Key(in_card=True)] = "none"
     """Compression of adapters in messages, both ways: `none` sends each array in `wire_dtype` (over a SuperLink all as one string
     of the same values); the others send one block-wise quantized string of bytes, replies as differences whose rounding errors
     the client keeps for its next reply."""
-    uplink_codec: Codec | None = None
+    uplink_codec: Annotated[Codec | None, Key(in_card=True)] = None
     """The codec of replies, where it is another."""
-    downlink_codec: Codec | None = None
+    downlink_codec: Annotated[Codec | None, Key(in_card=True)] = None
     """The codec of messages to clients, where it is another."""
-    cap_mib: float = Field(200_000.0, gt=0)
+    cap_mib: Annotated[float, Key(resumable=True)] = Field(200_000.0, gt=0)
     """Most MiB of training messages, both ways; the run stops before the message that would pass it."""
 
 
@@ -239,7 +240,7 @@ class PrivacyConfig(Section):
     """Largest norm of a client's update, over the whole adapter; a longer one is scaled down to it."""
     noise_multiplier: float = Field(1.0, gt=0)
     """Standard deviation of the noise in units of `clip`: on the sum of a round's updates (central) or on each (local)."""
-    epsilon: float = Field(8.0, gt=0)
+    epsilon: Annotated[float, Key(resumable=True)] = Field(8.0, gt=0)
     """The budget: the run stops before a round that would pass it."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """Probability with which the bound may fail; well below 1 / clients."""
@@ -248,20 +249,16 @@ class PrivacyConfig(Section):
 class CheckpointConfig(Section):
     """Which adapters are kept."""
 
-    save_every: PositiveInt = 5
+    save_every: Annotated[PositiveInt, Key(resumable=True)] = 5
     """`peft_<round>` is written after every so many rounds and after the last."""
-
-
-_PRIVATE_STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "ffa-lora")
-"""Averages, and what follows from an average alone."""
 
 
 class FedTuneConfig(Section):
     """Everything that decides a run."""
 
-    challenge: str | None = None
+    challenge: Annotated[str | None, Key()] = None
     """The challenge whose values this config started from."""
-    recipe: str | None = None
+    recipe: Annotated[str | None, Key()] = None
     """The recipe whose values this config started from."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -272,22 +269,23 @@ class FedTuneConfig(Section):
     communication: CommunicationConfig = CommunicationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: Annotated[int, Key(in_card=True)] = Field(42, ge=0, lt=2**32)
     """Seed of everything random: partitions, sampling, initialisation, order of rows, dropout."""
 
     @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
         """What a strategy cannot be combined with; one sentence each, with the keys in question."""
         name, asked = self.strategy.name, self.federation.clients_per_round
-        if name in PRODUCT_STRATEGIES and self.adapter.dora:
+        if self.strategy.averages_products and self.adapter.dora:
             raise ValueError(f"strategy.name = {name} averages products BA and does not go with adapter.dora")
-        if isinstance(self.strategy, FlexLoRA) and max(self.strategy.ranks, default=0) > self.adapter.rank:
-            raise ValueError(f"strategy.ranks goes above adapter.rank ({self.adapter.rank})")
-        if asked < (needed := replies_needed(self.strategy)):
+        if problem := self.strategy.problem(self):
+            raise ValueError(problem)
+        if asked < (needed := self.strategy.replies_needed):
             raise ValueError(f"strategy.name = {name} needs {needed} clients a round, and {asked} are asked")
-        if self.privacy.mode != "none" and name not in _PRIVATE_STRATEGIES:
+        if self.privacy.mode != "none" and not self.strategy.supports_privacy:
+            private = [other for other, options in STRATEGIES.items() if options.supports_privacy]
             raise ValueError(
-                f"privacy.mode = {self.privacy.mode} goes with {', '.join(_PRIVATE_STRATEGIES)}, not with {name}: "
+                f"privacy.mode = {self.privacy.mode} goes with {', '.join(private)}, not with {name}: "
                 "its bound rests on an average of clipped updates"
             )
         return self

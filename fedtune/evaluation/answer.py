@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from fedtune.errors import MissingError
 from fedtune.models.base import Base, is_out_of_memory
 from fedtune.models.check import ends_of_text
+from fedtune.models.compat import DynamicLayer, LinearAttentionCacheLayerMixin
 
 Tokens = tuple[int, ...]
 

@@ -1,1 +1,1 @@
-"""From a run to something that others can use."""
+"""Exports one adapter of a run: as a folder, a merged model, a leaderboard submission or a repository on the hub."""

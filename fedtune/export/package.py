@@ -1,7 +1,7 @@
-"""What leaves a run: named files, each from an allow-list, with a sha256 for every one.
+"""A package: the files of an export by name, with a manifest that holds the sha256 of each.
 
-Nothing is copied because it lies in a folder: every file is named here by the code that makes a package. Links, and whatever
-lies outside the run, are refused; texts are searched for secrets, and local paths are cut to their last name.
+The code that makes a package names every file; no folder is copied. Links are refused, texts are searched for secrets, and
+local paths are cut to their last part.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^/\s:@]+:[^/\s@]+@"
 )
-"""Tokens of the hub and of common services, private keys, and addresses with a password in them."""
+"""Tokens of the hub and of common services, private keys, and addresses that contain a password."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """Files by their names inside the package: content, or the regular file that holds it."""
+    """Files by their names inside the package, each as its content or as the path of the file that holds it."""
 
     files: Mapping[str, bytes | Path]
 
@@ -50,7 +50,7 @@ class Package:
         }
 
     def text(self, name: str) -> str:
-        """Return one of the package's texts."""
+        """Return the content of a text file."""
         content = self.files[name]
         return content.decode("utf-8") if isinstance(content, bytes) else content.read_text(encoding="utf-8")
 
@@ -59,50 +59,44 @@ class Package:
         return (json.dumps(self.digests(), indent=2) + "\n").encode()
 
     def write(self, folder: Path) -> None:
-        """Write the package to `folder`, whole or not at all; what an export wrote there before is replaced.
+        """Write the package to `folder`, completely or not at all; a former export there is replaced.
 
         Raises:
-            UsageError: `folder` holds something else.
+            UsageError: `folder` holds other files.
+            MissingError: the parent of `folder` cannot be created.
         """
-        make_room(folder)
+        prepare_folder(folder)
 
-        def fill(beside: Path) -> None:
-            for name, content in {**self.files, MANIFEST: self.manifest()}.items():
-                target = beside / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        def fill(new_folder: Path) -> None:
+            self.copy_to(new_folder)
+            (new_folder / MANIFEST).write_bytes(self.manifest())
 
         write_folder(folder, fill)
 
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export to a folder has made."""
-
-    folder: Path
-    sizes: Mapping[str, int]
-    """Bytes by file name."""
-    notes: tuple[str, ...] = ()
-    """What the user should know: what is missing, what was checked and came out how."""
+    def copy_to(self, folder: Path) -> None:
+        """Write the files into `folder`, without the manifest."""
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
-def make_room(folder: Path) -> None:
-    """Make sure that an export can be written to `folder`.
+def prepare_folder(folder: Path) -> None:
+    """Check that an export may replace `folder`, and create its parent.
 
     Raises:
-        UsageError: it holds something that no export made.
-        MissingError: its parent cannot be made.
+        UsageError: `folder` holds files that no export wrote.
+        MissingError: its parent cannot be created.
     """
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _may_go(folder))):
-        raise UsageError(f"{folder} holds something else already.", hint="Choose another --out.")
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and _is_export(folder))):
+        raise UsageError(f"{folder} already holds other files.", hint="Choose another --out.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MissingError(f"{folder} cannot be made: {error.strerror}.", hint="Choose another --out.") from None
+        raise MissingError(f"{folder} cannot be created: {error.strerror}.", hint="Choose another --out.") from None
 
 
-def _may_go(folder: Path) -> bool:
-    """Whether a folder holds nothing but what the manifest of an export names."""
+def _is_export(folder: Path) -> bool:
+    """Whether the manifest of an export names every file in a folder."""
     try:
         named = {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError):
@@ -114,17 +108,18 @@ def package(files: Mapping[str, bytes | str | Path]) -> Package:
     """Return a package of `files`.
 
     Raises:
-        UsageError: a file is a link or no regular file, or a text holds what looks like a secret; both are named.
+        UsageError: a file is a link or not a regular file, or a text contains what looks like a secret.
     """
     checked: dict[str, bytes | Path] = {}
     for name, content in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or str(path) != name:
-            raise ValueError(f"{name!r} is no name inside a package")
+            raise ValueError(f"{name!r} is not a file name inside a package")
         if isinstance(content, Path):
             if content.is_symlink() or not content.is_file():
                 raise UsageError(
-                    f"{content} is a link or no regular file, and does not leave the run.", hint="Put the file there."
+                    f"{content} is a link or not a regular file and is not exported.",
+                    hint="Replace it with the file itself.",
                 )
             checked[name] = content
             data = b"" if content.suffix == ".safetensors" else content.read_bytes()
@@ -132,56 +127,68 @@ def package(files: Mapping[str, bytes | str | Path]) -> Package:
             data = content.encode("utf-8") if isinstance(content, str) else content
             checked[name] = data
         if found := secret_in(data.decode("utf-8", "replace")):
-            raise UsageError(f"{name} holds what looks like a secret ({found}…).", hint="Remove it and export again.")
+            raise UsageError(
+                f"{name} contains what looks like a secret ({found}…).", hint="Remove it and export again."
+            )
     return Package(checked)
 
 
 def secret_in(text: str) -> str:
-    """Return the first characters of a secret in `text`, too few to use; empty without one."""
+    """Return the first six characters of a secret in `text`, or an empty text if there is none."""
     match = _SECRET.search(text)
     return match[0][:6] if match else ""
 
 
 def public_config(config: FedTuneConfig) -> dict[str, Any]:
-    """Return the resolved config as it may leave: paths cut to their last name, addresses left out, secrets struck out."""
+    """Return the resolved config as it may be published: without addresses, local folders and secrets."""
     table = config.model_dump(mode="json")
     table["model"]["base"] = public_name(config.model.base)
     if config.data.source is not None:
         table["data"]["source"] = public_name(config.data.source)
     for private in ("superlink", "superlink_ca"):  # addresses and files of whoever trained it
         table["federation"][private] = None
-    struck: dict[str, Any] = json.loads(strike(json.dumps(table)))
-    return struck
+    return redact_table(table)
 
 
-def strike(text: str) -> str:
-    """Return `text` without what looks like a secret."""
+def redact(text: str) -> str:
+    """Return `text` with everything that looks like a secret replaced by `[removed]`."""
     return _SECRET.sub("[removed]", text)
 
 
-def hub_base(config: FedTuneConfig) -> str | None:
-    """Return the base's id on the hub; None for a folder, even one that is named like an id, and a builtin model.
+def redact_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with everything that looks like a secret replaced."""
+    redacted: dict[str, Any] = json.loads(redact(json.dumps(table)))
+    return redacted
 
-    What came from the hub has its commit in the run's config.
+
+def to_json(value: Any) -> str:
+    """Return `value` as the text of a JSON file."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def hub_base(config: FedTuneConfig) -> str | None:
+    """Return the id of the base model on the hub; None for a local folder and for a builtin model.
+
+    Only models from the hub have a revision in the run's config, so a folder named like an id is not mistaken for one.
     """
     return config.model.base if config.model.revision and is_hub_id(config.model.base) else None
 
 
 def hub_data(config: FedTuneConfig) -> str | None:
-    """Return the data set's id on the hub, None where it did not come from there."""
+    """Return the id of the data set on the hub; None for local data."""
     source = config.data.source
     return source if source is not None and config.data.revision and is_hub_id(source) else None
 
 
 def public_name(source: str) -> str:
-    """Return how a base or a data set is called outside: a hub id or builtin name as it is, a local path's last name."""
+    """Return the public name of a base model or data set: a hub id or builtin name as it is, the last part of a local path."""
     if source == BUILTIN_TINY or is_hub_id(source):
-        return strike(source)
-    return strike(re.split(r"[/\\]", source.rstrip("/\\"))[-1])
+        return redact(source)
+    return redact(re.split(r"[/\\]", source.rstrip("/\\"))[-1])
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is a repository's id on the hub (`owner/name`) and no folder or file here."""
+    """Whether `name` has the form of a hub id (`owner/name`) and is not a local folder or file."""
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name) is not None
         and "--" not in name

@@ -1,6 +1,7 @@
-"""A run's config under the leaderboard's names: flat values for a Flower app's pyproject.toml, and the config they mean.
+"""Converts a run's config to the flat values in the pyproject.toml of a Flower app, and back.
 
-The template's own names where it has one; what it lacks stands under fedtune's path, `fedtune.communication.wire_dtype`.
+A key has the name of the leaderboard's template if there is one, and otherwise fedtune's, as in
+`fedtune.communication.wire_dtype`. Submissions import this module: its name and `with_config` must stay.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from flwr.app import Context
 
 Flat = dict[str, str | int | float | bool]
-"""What Flower's run config can hold, by dotted name."""
+"""Values as Flower's run config has them, by dotted name."""
 
 NAMES: Mapping[str, str] = {
     "model.base": "model.name",
@@ -50,29 +51,29 @@ NAMES: Mapping[str, str] = {
     "data.source": "static.dataset.name",
     "federation.clients": "static.num-supernodes",
 }
-"""fedtune's path to the leaderboard's name; what the rules fix is in the static section."""
+"""fedtune's key to the leaderboard's name; the rules fix the values of the static section."""
 
 FOUR_BIT_TYPE = "model.quantization-type"
-"""`fp4`, the leaderboard's, or `nf4`; read where `model.quantization` is 4."""
+"""`fp4`, the leaderboard's, or `nf4`; used if `model.quantization` is 4."""
 
 _OWN = "fedtune."
 _BITS = {"fp4": 4, "nf4": 4, "int8": 8, "none": 0}
 _SWITCH: Mapping[str, str | bool] = {"on": True, "off": False, "auto": "auto"}
-_OF_THE_PLACE = ("federation.engine", "federation.superlink")
-"""Where a run ran: an address or a path there is nobody else's business, and whoever starts a Flower app chooses anew."""
+_LOCAL = ("federation.engine", "federation.superlink")
+"""Prefixes of the keys that say where the run ran; they are private, and whoever runs the app sets them again."""
 
 
 def portable(config: FedTuneConfig) -> dict[str, Any]:
-    """Return the config as it may leave, without what is about the place where it ran."""
+    """Return the config as it may be published, without the keys that say where the run ran."""
     table = public_config(config)
-    for path in [path for path in leaves(table) if path.startswith(_OF_THE_PLACE)]:
+    for path in [path for path in leaves(table) if path.startswith(_LOCAL)]:
         section, _, key = path.rpartition(".")
         del table[section][key]
     return table
 
 
 def to_flat(table: Mapping[str, Any]) -> Flat:
-    """Return a portable config as flat values, the template's names first; `from_flat` reads them back."""
+    """Return a portable config as flat values, the template's names first; `from_flat` is the inverse."""
     flat: Flat = {}
     for path in sorted(
         leaves(table), key=lambda path: (list(NAMES).index(path) if path in NAMES else len(NAMES), path)
@@ -93,13 +94,13 @@ def to_flat(table: Mapping[str, Any]) -> Flat:
 
 
 def from_flat(flat: Mapping[str, Any]) -> FedTuneConfig:
-    """Return the config that flat values mean; what is left out is the challenge's.
+    """Return the config for flat values; missing keys have the values of the challenge.
 
     Raises:
-        ConfigError: a name is none of them, or a value is refused; every one is named as it stands in pyproject.toml.
+        ConfigError: a name is unknown or a value is invalid; all problems are listed with their names in pyproject.toml.
     """
     names = {name: path for path, name in NAMES.items()}
-    names |= {_OWN + path: path for path in known_paths() if path not in NAMES and not path.startswith(_OF_THE_PLACE)}
+    names |= {_OWN + path: path for path in known_paths() if path not in NAMES and not path.startswith(_LOCAL)}
     known = [*names, FOUR_BIT_TYPE]
     if unknown := [name for name in flat if name not in known]:
         near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.6) for name in unknown}
@@ -107,7 +108,7 @@ def from_flat(flat: Mapping[str, Any]) -> FedTuneConfig:
     values = {names[name]: (name, value) for name, value in flat.items() if name != FOUR_BIT_TYPE}
     flags = {
         path: (f"{name} in pyproject.toml", _value(path, value, flat.get(FOUR_BIT_TYPE, "fp4")))
-        # A strategy's name comes before its options: the options of another one are dropped with it.
+        # The strategy's name comes before its options: it removes the options of another strategy.
         for path, (name, value) in sorted(values.items(), key=lambda item: item[0] != "strategy.name")
         if path not in ("challenge", "recipe")
     }
@@ -116,19 +117,19 @@ def from_flat(flat: Mapping[str, Any]) -> FedTuneConfig:
 
 
 def with_config(context: Context) -> Context:
-    """Return `context` with fedtune's config in place of a submission's flat values; the state stays the same one.
+    """Return a copy of `context`, with the same state, that holds fedtune's config in place of the flat values.
 
     Raises:
-        ConfigError: a value is refused.
+        ConfigError: a value is invalid.
     """
     config = from_flat(context.run_config)
-    ours = copy(context)  # Flower refuses a context whose run config was changed
-    ours.run_config = {"fedtune-config": config.model_dump_json(), "run-dir": ""}
-    return ours
+    changed = copy(context)  # Flower refuses a context whose run config was changed
+    changed.run_config = {"fedtune-config": config.model_dump_json(), "run-dir": ""}
+    return changed
 
 
 def _value(path: str, value: Any, four_bit_type: Any) -> Any:
-    """Return a flat value as the config wants it; what cannot be turned stays as it is and is refused there."""
+    """Return a flat value as the config has it; a value that cannot be converted stays, and the config refuses it."""
     if path == "model.quantization":
         return {4: four_bit_type, 8: "int8", 0: "none"}.get(value, value) if isinstance(value, int) else value
     if path == "model.gradient_checkpointing":

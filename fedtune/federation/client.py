@@ -13,25 +13,26 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 
-from fedtune.budget.count import CODECS, Shapes
-from fedtune.budget.traffic import OFFSET, down_shapes, is_trained, up_shapes
 from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies.base import Shapes
+from fedtune.config.strategies.base_delta import DELTA
 from fedtune.data.order import steps_of_round
 from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook, refusing
 from fedtune.federation.client_state import ClientState, state_of_node
 from fedtune.federation.events import StepDone, tell
-from fedtune.federation.node import ERRORS_PASS, NO_STATE, NODE_KEY, error_text
-from fedtune.federation.privacy import noisy_average, public_metrics
-from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
-from fedtune.federation.strategies.scaffold import Control
-from fedtune.federation.wire import WireError, decode, encode
+from fedtune.federation.flower.compat import ErrorCode
+from fedtune.federation.node.policy import ERRORS_PASS, NO_STATE, NODE_KEY, error_text
+from fedtune.federation.privacy import noisy_average
+from fedtune.federation.strategies import client_part
 from fedtune.federation.workspace import NodeWorkspace, Workspace, workspace_of_client
 from fedtune.models.adapter import AdaptedModel, AdapterTensors, initial_tensors
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.messages import ARRAYS, CONFIG, METRICS, ClientDescription, TrainOrder, TrainReply, WireError
+from fedtune.protocol.wire_format import CODECS
 from fedtune.runs.directory import RunDirectory, find_flower_run
 from fedtune.runs.log import LOG_NAME, run_log
 from fedtune.training.local import StepReport, train_locally
@@ -39,8 +40,8 @@ from fedtune.training.local import StepReport, train_locally
 app = ClientApp()
 log = logging.getLogger(__name__)
 
-OWED = "owed."
-"""Prefix of the rounding errors that a client's next reply makes good."""
+RESIDUAL = "owed."
+"""Prefix of the rounding errors that a client adds to its next reply."""
 
 
 Handler = Callable[[Message, Context], Message]
@@ -84,8 +85,7 @@ def describe(message: Message, context: Context) -> Message:
     workspace = workspace_of_client(context)
     # Under local privacy a number of rows is data like any other; every client weighs 1.
     rows = 1 if workspace.config.privacy.mode == "local" else len(workspace.rows(partition))
-    metrics = MetricRecord({"partition-id": partition, "rows": rows})
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    return Message(RecordDict({METRICS: ClientDescription(partition, rows).to_record()}), reply_to=message)
 
 
 @app.train()
@@ -95,10 +95,8 @@ def train(message: Message, context: Context) -> Message:
     partition = int(context.node_config["partition-id"])
     workspace = workspace_of_client(context)
     config, adapted, rows = workspace.config, workspace.adapted, workspace.rows(partition)
-    orders, arrays = message.content[CONFIG], message.content[ARRAYS]
-    if not isinstance(orders, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-        raise ClientError("The server's message lacks its arrays or its config.")
-    server_round = int(orders["server-round"])  # type: ignore[arg-type]
+    order = _order(message)
+    server_round = order.server_round
 
     account = _account_of(context, workspace, partition)
     if account is not None:
@@ -107,9 +105,9 @@ def train(message: Message, context: Context) -> Message:
             book.check(name, config.privacy, server_round)
     state = ClientState(context, partition)
     kept = state.before(server_round)
-    received = _received(arrays, config, adapted.shapes, orders, partition)
+    received = _received(message, config, adapted.shapes, order, partition)
     start = _start(received, adapted, config, server_round)
-    control = Control.of(received, kept) if config.strategy.name == "scaffold" else None
+    part = client_part(config, received, kept)
     adapted.load(start)
     steps = steps_of_round(
         len(rows),
@@ -123,63 +121,72 @@ def train(message: Message, context: Context) -> Message:
     def on_step(report: StepReport) -> None:
         tell(StepDone(partition, report.step, len(steps), report.loss, report.tokens, report.seconds))
 
-    adapted.set_offset({name: tensor for name, tensor in received.items() if OFFSET in name})
+    adapted.set_base_delta({name: tensor for name, tensor in received.items() if DELTA in name})
     try:
         result = train_locally(
             adapted,
             rows,
             steps,
             config.training,
-            learning_rate=float(orders["learning-rate"]),  # type: ignore[arg-type]
+            learning_rate=order.learning_rate,
             seed=(config.seed, server_round, partition),
-            proximal_mu=float(orders.get("proximal-mu", 0.0)),  # type: ignore[arg-type]
-            trained={name for name in adapted.shapes if is_trained(config.strategy, name, server_round)},
-            adjust=control,
+            proximal_mu=order.proximal_mu,
+            trained={name for name in adapted.shapes if config.strategy.is_trained(name, server_round)},
+            adjust=part,
             gradient_checkpointing=config.model.gradient_checkpointing,
             on_step=on_step,
             timeout_s=config.federation.client_timeout_s,
         )
     finally:
-        adapted.set_offset({})
+        adapted.set_base_delta({})
     try:
         adapted.check_base(f"after client {partition} trained")
     except FedTuneError as error:
         raise ClientError(error.message) from error
-    metrics = MetricRecord(
-        {
-            "server-round": server_round,
-            "num-examples": len(rows),
-            "train-loss": sum(result.losses) / len(result.losses),
-            "losses": list(result.losses),
-            "rows": result.rows,
-            "tokens": result.tokens,
-            "response-tokens": result.response_tokens,
-            "seconds": result.seconds,
-        }
+    report = TrainReply(
+        server_round,
+        examples=len(rows),
+        loss=sum(result.losses) / len(result.losses),
+        losses=result.losses,
+        rows=result.rows,
+        tokens=result.tokens,
+        response_tokens=result.response_tokens,
+        seconds=result.seconds,
     )
     outcome = adapted.tensors()
-    if control is not None:
-        outcome |= control.changes()
-        kept |= control.kept()
+    if part is not None:
+        outcome |= part.changes()
+        kept |= part.kept()
     if account is not None:
         outcome = _privatised(outcome, start, config, server_round, adapted.shapes, partition, account)
-        metrics = MetricRecord(dict(public_metrics(server_round)))
-    reply, owed = _reply(outcome, start, config, up_shapes(config, adapted.shapes, server_round, partition), kept)
-    if kept | owed:
-        state.keep(server_round, kept | owed)
-    return Message(RecordDict({ARRAYS: reply, METRICS: metrics}), reply_to=message)
+        report = TrainReply(server_round, examples=1)  # what is computed from the data and has no noise stays here
+    reply, residuals = _reply(
+        outcome, start, config, config.strategy.up_shapes(config, adapted.shapes, server_round, partition), kept
+    )
+    if kept | residuals:
+        state.keep(server_round, kept | residuals)
+    return Message(RecordDict({ARRAYS: reply, METRICS: report.to_record()}), reply_to=message)
+
+
+def _order(message: Message) -> TrainOrder:
+    try:
+        return TrainOrder.from_record(message.content.get(CONFIG))
+    except WireError as error:
+        raise ClientError(f"The server's message cannot be read: {error}.") from error
 
 
 def _received(
-    arrays: ArrayRecord, config: FedTuneConfig, shapes: Shapes, orders: ConfigRecord, partition: int
+    message: Message, config: FedTuneConfig, shapes: Shapes, order: TrainOrder, partition: int
 ) -> AdapterTensors:
     """Return the message's tensors.
 
     Raises:
         ClientError: they are not those that the config says.
     """
-    server_round, offset_rank = int(orders["server-round"]), int(orders.get("offset-rank", 0))  # type: ignore[arg-type]
-    expected = down_shapes(config, shapes, server_round, partition, offset_rank)
+    expected = config.strategy.down_shapes(config, shapes, order.server_round, partition, order.delta_rank)
+    arrays = message.content.get(ARRAYS)
+    if not isinstance(arrays, ArrayRecord):
+        raise ClientError(f"The server's message cannot be read: it lacks its {ARRAYS!r} record.")
     try:
         return decode(arrays, expected, config.down_format)
     except WireError as error:
@@ -192,7 +199,7 @@ def _start(received: AdapterTensors, adapted: AdaptedModel, config: FedTuneConfi
     What did not travel follows from the seed; an adapter of a lower rank is filled up with zeros, whose gradients are zero.
     """
     missing = [name for name in adapted.shapes if name not in received]
-    fresh = config.strategy.name == "flora"
+    fresh = config.strategy.fresh_adapter
     own = initial_tensors(adapted, config.seed, server_round if fresh else 0) if missing else {}
     return {
         name: _filled(received[name], shape) if name in received else own[name]
@@ -239,7 +246,7 @@ def _privatised(
             relied on.
     """
     book, name = account
-    sent = {name: start[name] for name in up_shapes(config, shapes, server_round, partition)}
+    sent = {name: start[name] for name in config.strategy.up_shapes(config, shapes, server_round, partition)}
     with refusing():
         private = noisy_average(
             sent,
@@ -264,10 +271,10 @@ def _filled(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _reply(
     outcome: AdapterTensors, start: AdapterTensors, config: FedTuneConfig, shapes: Shapes, kept: AdapterTensors
 ) -> tuple[ArrayRecord, AdapterTensors]:
-    """Return the reply's arrays, and what rounding still owes to the next reply.
+    """Return the reply's arrays, and the rounding errors that the next reply adds.
 
-    A packed reply holds differences from `start`, to which the error of the client's last reply is added: what is lost in one
-    round is made good in the next (error feedback, https://arxiv.org/abs/1809.07599).
+    A packed reply holds differences from `start`, to which the error of the client's last reply is added: the next
+    round makes up for what one round loses (error feedback, https://arxiv.org/abs/1809.07599).
     """
     sent = {name: outcome[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
     form = config.up_format
@@ -276,8 +283,8 @@ def _reply(
     for name, tensor in sent.items():
         if name in start:
             tensor = tensor - start[name][tuple(slice(size) for size in tensor.shape)]
-        owed = kept.get(OWED + name)
-        sent[name] = tensor if owed is None or owed.shape != tensor.shape else tensor + owed
+        residual = kept.get(RESIDUAL + name)
+        sent[name] = tensor if residual is None or residual.shape != tensor.shape else tensor + residual
     record = encode(sent, form)
     read = decode(record, shapes, form)
-    return record, {OWED + name: tensor - read[name] for name, tensor in sent.items()}
+    return record, {RESIDUAL + name: tensor - read[name] for name, tensor in sent.items()}

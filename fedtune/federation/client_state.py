@@ -15,9 +15,9 @@ from flwr.app import ArrayRecord, Context
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedtune.federation.node import NODE_KEY, NodeSettings
-from fedtune.federation.wire import decode, encode
+from fedtune.federation.node.policy import NODE_KEY, NodeSettings
 from fedtune.models.adapter import AdapterTensors
+from fedtune.protocol.arrays import decode, encode
 from fedtune.runs.atomic import remove_leftovers, write_bytes
 from fedtune.runs.directory import RunDirectory
 

@@ -27,10 +27,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from fedtune.budget.traffic import sample
 from fedtune.config.schema import FedTuneConfig, PrivacyConfig
 from fedtune.errors import ClientError
 from fedtune.models.adapter import AdapterTensors
+from fedtune.protocol.sampling import sample
 
 
 def new_key() -> bytes:
@@ -107,15 +107,6 @@ def noisy_average(
         ).to(torch.float32)
         for name, tensor in sent.items()
     }
-
-
-def public_metrics(server_round: int) -> dict[str, int]:
-    """Return the metrics of a reply under local privacy: those that anyone knows beforehand.
-
-    Losses, tokens and rows are computed from the data and have no noise; equal weights need no number of examples, and 1
-    stands for it.
-    """
-    return {"server-round": server_round, "num-examples": 1}
 
 
 class Accountant:

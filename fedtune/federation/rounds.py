@@ -1,4 +1,4 @@
-"""The one loop: sample, send, screen, aggregate, commit; knows how to resume.
+"""The one loop: sample, send, validate, aggregate, commit; knows how to resume.
 
 Flower's own loop always begins at round 1 and goes on when every client has failed. This one asks an algorithm what to send
 (`strategies/`), and commits after every round: killed at any moment, it goes on from the last committed round and ends with
@@ -15,24 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from safetensors.torch import load, save_file
 
-from fedtune.budget.count import CODECS, Shapes, serialised_bytes, wire_bytes
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines
-from fedtune.budget.traffic import sample, up_shapes
 from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies.base import Shapes
 from fedtune.errors import CapError, FederationError
+from fedtune.federation.clients import Roster
 from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, RoundStarted, tell
 from fedtune.federation.failures import FailureHistory, kind_of
+from fedtune.federation.flower.size import serialised_bytes
 from fedtune.federation.privacy import Accountant, new_key, noisy_average
-from fedtune.federation.roster import Roster
-from fedtune.federation.screen import ARRAYS, CONFIG, Accepted, Client, Expected, Refused, Screen
+from fedtune.federation.reply_validator import Accepted, Client, Expected, Refused, ReplyValidator
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
-from fedtune.federation.wire import decode, encode
 from fedtune.models.adapter import AdapterTensors, write_adapter
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.messages import ARRAYS, CONFIG, TrainOrder
+from fedtune.protocol.sampling import sample
+from fedtune.protocol.wire_format import CODECS, wire_bytes
 from fedtune.runs.atomic import read_json_lines, sync_folder, write_text
 from fedtune.runs.directory import RunDirectory, append_line, cut_to
 from fedtune.training.schedule import learning_rate
@@ -95,7 +98,7 @@ class Rounds:
         self.ledger = Ledger(run.ledger_file, config.communication.cap_mib)
         self.done = self._restore()
 
-    def go(self) -> None:
+    def run_rounds(self) -> None:
         """Run the remaining rounds.
 
         Raises:
@@ -106,9 +109,9 @@ class Rounds:
         if self.done >= self.config.federation.rounds:
             return
         roster = Roster(self.grid, self.config.federation, self._note_question)
-        roster.meet()
+        roster.wait_for_clients()
         for server_round in range(self.done + 1, self.config.federation.rounds + 1):
-            self._round(server_round, roster.now())
+            self._round(server_round, roster.current())
 
     def _round(self, server_round: int, clients: Sequence[Client]) -> None:
         started = time.monotonic()
@@ -138,7 +141,7 @@ class Rounds:
                 asked=len(chosen),
                 used_bytes=self.ledger.used_bytes,
                 epsilon=self._epsilon_after(server_round),
-                tokens=sum(_number(reply, "tokens") for reply in replies),
+                tokens=sum(reply.report.tokens for reply in replies),
                 seconds=time.monotonic() - started,
             )
         )
@@ -218,7 +221,7 @@ class Rounds:
             ) from None
         for message, each in zip(messages, expected, strict=True):
             self._enter(server_round, each.client.partition, "down", message, "ok")
-        screen = Screen(
+        validator = ReplyValidator(
             server_round,
             expected,
             self.config.up_format,
@@ -227,7 +230,7 @@ class Rounds:
         )
         answered = set()
         for reply in self.grid.send_and_receive(messages, timeout=timeout_s):
-            verdict = screen.admit(reply)
+            verdict = validator.validate(reply)
             partition = verdict.client.partition if verdict.client else -1
             self._enter(server_round, partition, "up", reply, verdict.status)
             answered.add(partition)
@@ -250,7 +253,9 @@ class Rounds:
                 read[place] = decode(arrays, shapes, self.config.down_format)
             reference = self.algorithm.reference(server_round, read[place])
         return Expected(
-            sent.client, up_shapes(self.config, self.shapes, server_round, sent.client.partition), reference
+            sent.client,
+            self.config.strategy.up_shapes(self.config, self.shapes, server_round, sent.client.partition),
+            reference,
         )
 
     def _check_privacy(self, server_round: int) -> None:
@@ -293,10 +298,10 @@ class Rounds:
             place = id(sent.tensors)
             if place not in arrays:
                 arrays[place] = encode(sent.tensors, form)
-            key = (place, *sent.orders.items())
+            key = (place, *sent.values.items())
             if key not in contents:
-                orders = ConfigRecord({**sent.orders, "learning-rate": rate, "server-round": server_round})
-                contents[key] = RecordDict({ARRAYS: arrays[place], CONFIG: orders})
+                order = TrainOrder(server_round, rate, sent.values).to_record()
+                contents[key] = RecordDict({ARRAYS: arrays[place], CONFIG: order})
             messages.append(Message(contents[key], sent.client.node, MessageType.TRAIN))
         return messages
 
@@ -306,9 +311,9 @@ class Rounds:
         central = self.config.privacy.mode == "central"
         averaged = self._privatised(server_round, ordered, asked) if central else ordered
         self.tensors = self.algorithm.aggregate(server_round, self.tensors, averaged)
-        if any("train-loss" not in reply.metrics for reply in ordered):
+        losses = [reply.report.loss for reply in ordered if reply.report.loss is not None]
+        if len(losses) < len(ordered):
             return None
-        losses = [float(reply.metrics["train-loss"]) for reply in ordered]  # type: ignore[arg-type]
         return sum(loss * weight for loss, weight in zip(losses, weights_of(ordered), strict=True))
 
     def _privatised(self, server_round: int, replies: Sequence[Accepted], asked: int) -> list[Accepted]:
@@ -321,7 +326,7 @@ class Rounds:
             key=self.noise_key,
             server_round=server_round,
         )
-        return [replace(reply, tensors=average, metrics={**reply.metrics, "num-examples": 1}) for reply in replies]
+        return [replace(reply, tensors=average, report=replace(reply.report, examples=1)) for reply in replies]
 
     def _enter(self, server_round: int, partition: int, direction: str, message: Message, status: str) -> None:
         self.ledger.add(
@@ -342,7 +347,8 @@ class Rounds:
 
     def _note(self, server_round: int, verdict: Accepted | Refused, rate: float) -> None:
         """Write a client's line in metrics.jsonl, and tell of it."""
-        metrics = dict(verdict.metrics) if isinstance(verdict, Accepted) else {}
+        report = verdict.report if isinstance(verdict, Accepted) else None
+        metrics = report.as_values() if report else {}
         partition = verdict.client.partition if verdict.client else -1
         line = {
             "round": server_round,
@@ -354,16 +360,15 @@ class Rounds:
             **{key.replace("-", "_"): value for key, value in metrics.items() if key != "server-round"},
         }
         append_line(self.run.metrics_file, line)
-        loss, tokens, seconds = metrics.get("train-loss"), metrics.get("tokens", 0), metrics.get("seconds", 0.0)
         tell(
             ReplyArrived(
                 round=server_round,
                 partition=partition,
                 status=verdict.status,
                 reason=verdict.reason,
-                loss=None if loss is None else float(loss),  # type: ignore[arg-type]
-                tokens=int(tokens),  # type: ignore[arg-type]
-                seconds=float(seconds),  # type: ignore[arg-type]
+                loss=report.loss if report else None,
+                tokens=report.tokens if report else 0,
+                seconds=report.seconds if report else 0.0,
             )
         )
 
@@ -433,9 +438,3 @@ def counted_bytes(message: Message) -> int:
     if not message.has_content():
         return 0
     return sum(record.count_bytes() for record in message.content.array_records.values())
-
-
-def _number(reply: Accepted, name: str) -> int:
-    """Return one of a reply's whole numbers, 0 where the client said nothing of the kind."""
-    value = reply.metrics.get(name, 0)
-    return int(value) if isinstance(value, int | float) else 0

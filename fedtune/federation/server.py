@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
             run.state_folder.mkdir()
             write_json(run.flower_file, {"run_id": context.run_id})
         try:
-            prepared(grid, config_json, run).go()
+            prepared(grid, config_json, run).run_rounds()
         except Exception:
             log.debug("The server ended with an error.", exc_info=True)
             raise

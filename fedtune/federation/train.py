@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.base import facts_of, keys_of
 from fedtune.config.facts import ineligible_because, value_at
 from fedtune.config.schema import BUILTIN_TINY, FedTuneConfig
 from fedtune.data.folder import client_files
@@ -33,22 +34,6 @@ from fedtune.runs.report import write_report
 from fedtune.training.local import check_trainable
 
 logger = logging.getLogger(__name__)
-
-_FREE_TO_CHANGE = (
-    "checkpoint.save_every",
-    "communication.cap_mib",
-    "federation.client_cpus",
-    "federation.client_gpus",
-    "federation.client_timeout_s",
-    "federation.engine",
-    "federation.min_success",
-    "federation.superlink",
-    "federation.superlink_ca",
-    "federation.superlink_insecure",
-    "model.gradient_checkpointing",
-    "privacy.epsilon",
-)
-"""What a resumed run may change: none of these moves a bit of the adapter."""
 
 _PACKAGES = ("fedtune", "torch", "transformers", "peft", "bitsandbytes", "flwr", "flwr-datasets")
 
@@ -255,8 +240,9 @@ def differences(saved: FedTuneConfig, given: FedTuneConfig) -> list[Problem]:
     from fedtune.config.facts import table_value
     from fedtune.config.load import leaves
 
+    free = {path for path, info in keys_of(FedTuneConfig) if facts_of(info).resumable}
     old, new = saved.model_dump(mode="json"), given.model_dump(mode="json")
-    paths = sorted({*leaves(old), *leaves(new)} - set(_FREE_TO_CHANGE))
+    paths = sorted({*leaves(old), *leaves(new)} - free)
     return [
         Problem(path, f"{table_value(old, path)!r} in the run, {table_value(new, path)!r} now")
         for path in paths

@@ -18,7 +18,7 @@ from fedtune.data.partition import Partitions, load_partitions
 from fedtune.data.source import needed_columns
 from fedtune.data.tokenize import TokenizedRows, tokenize_rows
 from fedtune.errors import ClientError, ConfigError, MissingError
-from fedtune.federation.node import NODE_KEY, NodeSettings, config_on_node
+from fedtune.federation.node.policy import NODE_KEY, NodeSettings, config_on_node
 from fedtune.federation.row_check import RowsError, check_rows
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.base import Base, empty_model, load_base, load_tokenizer

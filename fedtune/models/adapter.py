@@ -21,8 +21,6 @@ import numpy as np
 import peft
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +28,7 @@ from fedtune.config.schema import AdapterConfig
 from fedtune.errors import ConfigError, MissingError, Problem
 from fedtune.models import integrity
 from fedtune.models.base import Base
+from fedtune.models.compat import BaseTunerLayer, ModulesToSaveWrapper
 from fedtune.models.targets import Targets, empty_copy, lora_config, quietly_adapted, resolve_targets, set_dropout
 from fedtune.runs.atomic import write_folder
 
@@ -172,7 +171,7 @@ class AdaptedModel:
             for parameter, values in self._replaced.values():
                 parameter.copy_(values)
 
-    def set_offset(self, offset: Mapping[str, torch.Tensor]) -> None:
+    def set_base_delta(self, offset: Mapping[str, torch.Tensor]) -> None:
         """Add `offset` to the base's weights while the model computes, in place of what was added before; {} adds nothing.
 
         Args:
@@ -192,7 +191,7 @@ class AdaptedModel:
 
     def detach(self) -> Base:
         """Take the adapter off and return the base, free for another; this object is of no further use."""
-        self.set_offset({})
+        self.set_base_delta({})
         self._give_back()
         self._replaced = {}
         _take_off_whole_modules(self.base.model)

@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, MissingError, Problem
@@ -29,6 +28,7 @@ from fedtune.models.check import (
     check_loading,
     recorded_loading,
 )
+from fedtune.models.compat import CONFIG_MAPPING
 from fedtune.models.config_keys import fault_of_model, fault_of_tokenizer, reason
 from fedtune.models.dequantize import dequantize, worth_dequantizing
 from fedtune.models.hub import resolve_base

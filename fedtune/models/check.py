@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, MissingError, Problem
+from fedtune.models.compat import on_adjusted_keys
 from fedtune.models.stored import FULL_PRECISION, NAMED, Headers, StoredTensor, name_some
 
 log = logging.getLogger(__name__)
@@ -57,16 +56,15 @@ def recorded_loading() -> Iterator[LoadingReport]:
     `output_loading_info` leaves out every name that the model's class ignores, a whole decoder layer among them.
     """
     report = LoadingReport()
-    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
 
-    def adjust_and_record(model: Any, info: Any) -> None:
+    def record(info: Any, adjust: Callable[[], None]) -> None:
         missing, unexpected = set(info.missing_keys), set(info.unexpected_keys)
-        adjust(model, info)
+        adjust()
         report.missing, report.unexpected = set(info.missing_keys), set(info.unexpected_keys)
         report.ignored_missing, report.ignored_unexpected = missing - report.missing, unexpected - report.unexpected
         report.mismatched = {name: (tuple(stored), tuple(own)) for name, stored, own in info.mismatched_keys}
 
-    with patch.object(PreTrainedModel, "_adjust_missing_and_unexpected_keys", adjust_and_record):
+    with on_adjusted_keys(record):
         yield report
 
 

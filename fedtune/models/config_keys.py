@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.models.check import first_line
+from fedtune.models.compat import CONFIG_MAPPING
 from fedtune.models.stored import read_table
 from fedtune.runs.atomic import write_text
 from fedtune.runs.log import silence_libraries

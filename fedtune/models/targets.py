@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import ParamWrapper
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.pytorch_utils import Conv1D
 
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
-from fedtune.config.strategies import PRODUCT_STRATEGIES
 from fedtune.errors import ConfigError, Problem
+from fedtune.models.compat import (
+    PEFT_DEFAULTS,
+    Conv1D,
+    LoraEmbedding,
+    ParamWrapper,
+    convert_peft_config_for_transformers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def check_strategy(config: FedTuneConfig, not_linear: Iterable[str]) -> None:
     Raises:
         ConfigError: `strategy.name` is one of them, and the adapter is on embeddings or stacked experts.
     """
-    if config.strategy.name in PRODUCT_STRATEGIES and (names := list(not_linear)):
+    if config.strategy.averages_products and (names := list(not_linear)):
         problem = (
             f"{config.strategy.name} averages the products B·A of linear layers, and the adapter is on "
             f"{_listed(names)}, whose update is another; leave it out of adapter.targets or choose another strategy"
@@ -145,7 +146,7 @@ def check_strategy(config: FedTuneConfig, not_linear: Iterable[str]) -> None:
 
 def set_dropout(model: Any, dropout: float) -> None:
     """Put dropout on the adapter of linear layers of a PeftModel whose config has none."""
-    from peft.tuners.lora import LoraLayer
+    from fedtune.models.compat import LoraLayer
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and "default" in module.lora_dropout:

@@ -28,6 +28,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from fedtune.models.compat import set_attention
+
 ATTENTION = "fedtune_packed"
 """Name of our attention in transformers' interface."""
 
@@ -134,7 +136,7 @@ def packed_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         for config, implementation in own:
-            config._attn_implementation_internal = implementation
+            set_attention(config, implementation)
 
 
 def _attend(

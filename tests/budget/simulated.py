@@ -7,14 +7,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.budget.count import Shapes
 from fedtune.budget.ledger import Entry, read_ledger
-from fedtune.budget.traffic import down_shapes, up_shapes
 from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies.base import Shapes
 from fedtune.federation.engines.in_process import InProcessGrid
 from fedtune.federation.rounds import Rounds
-from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
-from fedtune.federation.wire import decode, encode
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.messages import ARRAYS, CONFIG, METRICS
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RunDirectory
 
@@ -56,9 +55,14 @@ def client_app(config: FedTuneConfig, shapes: Shapes, faults: Faults) -> ClientA
             raise KilledError
         if fault == "error":
             raise RuntimeError
-        received = down_shapes(config, shapes, server_round, partition, int(orders.get("offset-rank", 0)))  # type: ignore[arg-type]
+        received = config.strategy.down_shapes(
+            config, shapes, server_round, partition, int(orders.get("offset-rank", 0))
+        )  # type: ignore[arg-type]
         decode(message.content.array_records[ARRAYS], received, config.down_format)
-        sent = {name: torch.zeros(shape) for name, shape in up_shapes(config, shapes, server_round, partition).items()}
+        sent = {
+            name: torch.zeros(shape)
+            for name, shape in config.strategy.up_shapes(config, shapes, server_round, partition).items()
+        }
         chance = random.Random(f"{partition} {server_round}")
         steps = chance.randint(1, config.training.max_steps)
         rows = steps * config.training.rows_per_step
@@ -94,5 +98,5 @@ def exchange(folder: Path, config: FedTuneConfig, shapes: Shapes, faults: Faults
         initial={name: torch.zeros(shape) for name, shape in shapes.items()},
         target_modules=["q_proj"],
         revision=None,
-    ).go()
+    ).run_rounds()
     return read_ledger(run.ledger_file)

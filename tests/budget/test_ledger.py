@@ -12,9 +12,10 @@ from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.budget.count import adapter_bytes, npy_header, serialised_bytes
 from fedtune.budget.ledger import Entry, Ledger, comm_cost_lines, read_ledger
 from fedtune.errors import CapError, UsageError
+from fedtune.federation.flower.size import serialised_bytes
+from fedtune.protocol.wire_format import adapter_bytes, npy_header
 
 SHAPES = st.dictionaries(
     st.text(min_size=1, max_size=60), st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), max_size=8

@@ -15,27 +15,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated import exchange
 
-from fedtune.budget import count
-from fedtune.budget.count import WIRE_FORMATS, serialised_bytes
-from fedtune.budget.envelope import message_span, reply_span
 from fedtune.budget.fit import WIRE_DTYPES
 from fedtune.budget.ledger import Entry, read_ledger
 from fedtune.budget.plan import Sizes, plan, shapes_of, transfer_time
-from fedtune.budget.traffic import OFFSET_STRATEGIES, down_shapes, up_shapes
 from fedtune.config.facts import Architecture, load_preset, preset_names
-from fedtune.config.load import load_config, strategy_options
+from fedtune.config.load import load_config
 from fedtune.config.schema import Codec, FedTuneConfig
-from fedtune.config.strategies import replies_needed
+from fedtune.config.strategies import STRATEGIES
+from fedtune.config.strategies.base import Shapes
 from fedtune.federation.engines.in_process import InProcessGrid
-from fedtune.federation.wire import encode
+from fedtune.federation.flower import size
+from fedtune.federation.flower.size import serialised_bytes
 from fedtune.models.shapes import adapter_shapes
+from fedtune.protocol import message_size, wire_format
+from fedtune.protocol.arrays import encode
+from fedtune.protocol.message_size import message_span, reply_span
+from fedtune.protocol.wire_format import WIRE_FORMATS
 from fedtune.units import parse_rate
 
-NAMED = {typing.get_args(option.model_fields["name"].annotation)[0]: option for option in strategy_options()}
-STRATEGIES = list(NAMED)
-NEEDED = {name: replies_needed(option(name=name)) for name, option in NAMED.items()}  # type: ignore[arg-type,call-arg]
+NAMES = list(STRATEGIES)
+NEEDED = {name: option(name=name).replies_needed for name, option in STRATEGIES.items()}
 CODECS = typing.get_args(Codec)
-FORMATS = [*WIRE_FORMATS, *count.CODECS]
+FORMATS = [*WIRE_FORMATS, *wire_format.CODECS]
 SMALL = Architecture(base="x", layers=1, hidden=12, heads=2, kv_heads=1, head_dim=6, default_targets=("q_proj",))
 TARGETS = st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj"]), min_size=1).map(sorted)
 
@@ -76,13 +77,13 @@ def test_over_a_superlink_all_arrays_travel_as_one(dtype: str, width: int) -> No
     assert (planned.down_format, planned.up_format) == (f"joined-{dtype}", "packed-int8")
     record = zeros(shapes, planned.down_format)
     assert planned.message_bytes == record.count_bytes() == len("packed") + 128 + 48 * width
-    assert count.wire_record_bytes(shapes, planned.down_format) == count._array_record_bytes(record)
+    assert message_size.wire_record_bytes(shapes, planned.down_format) == size._array_record_bytes(record)
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> FedTuneConfig:
     """Every strategy, as many clients as it needs or more, every way to write messages, each direction its own."""
-    rank, name = draw(st.integers(1, 70)), draw(st.sampled_from(STRATEGIES))
+    rank, name = draw(st.integers(1, 70)), draw(st.sampled_from(NAMES))
     asked = NEEDED[name] + draw(st.integers(0, 2))
     clients = asked + draw(st.integers(0, 4))
     codecs = {
@@ -117,7 +118,7 @@ def test_forecast_is_the_ledger_of_a_simulated_exchange(
     check(config, [entry for entry in entries if entry.kind == "train"], shapes)
 
 
-def check(config: FedTuneConfig, training: list[Entry], shapes: count.Shapes) -> None:
+def check(config: FedTuneConfig, training: list[Entry], shapes: Shapes) -> None:
     """The plan is what the ledger holds, to the byte; serialised bytes lie in their spans."""
     planned, sizes = plan(config, shapes), Sizes(config, shapes)
     assert {entry.status for entry in training} == {"ok"}
@@ -125,9 +126,9 @@ def check(config: FedTuneConfig, training: list[Entry], shapes: count.Shapes) ->
         place = entry.round, entry.node
         assert entry.bytes == sizes.pair(*place)[entry.direction == "up"]
         if entry.direction == "down":
-            span = message_span(config, down_shapes(config, shapes, *place))
+            span = message_span(config, config.strategy.down_shapes(config, shapes, *place))
         else:
-            span = reply_span(config, up_shapes(config, shapes, *place))
+            span = reply_span(config, config.strategy.up_shapes(config, shapes, *place))
         assert span.low <= entry.serialised_bytes <= span.high
     by_round = [
         sum(entry.bytes for entry in training if entry.round == number) for number in range(1, planned.rounds + 1)
@@ -146,7 +147,7 @@ def check(config: FedTuneConfig, training: list[Entry], shapes: count.Shapes) ->
         assert {entry.bytes for entry in training if entry.direction == "up"} == {planned.reply_bytes}
 
 
-CASES = range(len(STRATEGIES))
+CASES = range(len(NAMES))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,7 +155,7 @@ def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None
     """A real run: base model, tokenizer, training, the client as it ships. Every strategy and way to write messages comes up."""
     from fedtune.federation.train import train
 
-    name = STRATEGIES[case % len(STRATEGIES)]
+    name = NAMES[case % len(NAMES)]
     choices = [
         f"strategy.name={name}",
         f"communication.wire_dtype={WIRE_DTYPES[case % len(WIRE_DTYPES)]}",
@@ -162,7 +163,7 @@ def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None
         f"adapter.dora={'true' if case == 0 else 'false'}",
         f"adapter.modules_to_save={['lm_head'] if case == 1 else []}",
         f"federation.fraction={max(2, NEEDED[name]) / 8}",
-        f"federation.rounds={2 if name in (*OFFSET_STRATEGIES, 'rolora') else 1}",
+        f"federation.rounds={2 if name in ('flora', 'fedex-lora', 'rolora') else 1}",
     ]
     config = load_config(challenge="tiny", settings=[*choices, "training.max_steps=1", "training.batch_size=2"]).config
     result = train(config, out=tmp_path)
@@ -171,11 +172,11 @@ def test_forecast_is_the_ledger_of_a_tiny_run(tmp_path: Path, case: int) -> None
 
 
 @pytest.mark.usefixtures("flower_identity")
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_bounds_of_a_span_are_reached(strategy: str, form: str) -> None:
     """The shortest and the longest message and reply that there can be, built and measured."""
-    packed = form.removeprefix("packed-") if form in count.CODECS else ""
+    packed = form.removeprefix("packed-") if form in wire_format.CODECS else ""
     config = config_of(
         **({"communication__codec": packed} if packed else {"communication__wire_dtype": form}),
         strategy__name=strategy,
@@ -193,9 +194,12 @@ def test_the_bounds_of_a_span_are_reached(strategy: str, form: str) -> None:
         (2, 1, 1, (1, 1, 1, 1)),
         (201, 300, 40, (config.federation.max_examples, rows, tokens, tokens)),
     ):
-        down, up = (each(config, shapes, server_round, node - 2) for each in (down_shapes, up_shapes))
+        down, up = (
+            each(config, shapes, server_round, node - 2)
+            for each in (config.strategy.down_shapes, config.strategy.up_shapes)
+        )
         orders: dict[str, float] = {"proximal-mu": 0.1} if strategy == "fedprox" else {}
-        if strategy in OFFSET_STRATEGIES:
+        if "offset-rank" in config.strategy.order_values(config, server_round):
             orders = {"offset-rank": (server_round - 1) * a_round}
         config_record = ConfigRecord({**orders, "learning-rate": 1e-5, "server-round": server_round})
         message = Message(RecordDict({"arrays": zeros(down, form), "config": config_record}), node, "train")
@@ -220,7 +224,7 @@ def test_the_bounds_of_a_span_are_reached(strategy: str, form: str) -> None:
     assert found == [(shortest.low, shortest_reply.low), (longest.high, longest_reply.high)]
 
 
-def zeros(shapes: count.Shapes, form: str) -> ArrayRecord:
+def zeros(shapes: Shapes, form: str) -> ArrayRecord:
     return encode({name: torch.zeros(shape) for name, shape in shapes.items()}, form)
 
 
@@ -241,7 +245,7 @@ def echo_app():  # type: ignore[no-untyped-def]
 
 
 def test_what_is_stated_twice_is_the_same() -> None:
-    assert constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == count._CHUNK_BYTES
+    assert constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == message_size._CHUNK_BYTES
     assert len(supercore.HEAD_BODY_DIVIDER) == len(supercore.HEAD_VALUE_DIVIDER) == 1
     assert set(WIRE_FORMATS) == set(WIRE_DTYPES)
 
@@ -266,4 +270,4 @@ def test_a_large_array_is_cut_into_chunks() -> None:
         len(array.deflate()) + sum(len(chunk.deflate()) for chunk in (array.children or {}).values())
         for array in record.values()
     )
-    assert count.adapter_record_bytes(shapes, WIRE_FORMATS["float32"]) == plain
+    assert message_size.adapter_record_bytes(shapes, WIRE_FORMATS["float32"]) == plain

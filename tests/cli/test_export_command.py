@@ -14,8 +14,8 @@ from small_runs import assert_clean, make_run, plant_canaries, small_llama
 from typer.testing import CliRunner
 
 from fedtune.cli.app import app
-from fedtune.cli.export import _default_out
-from fedtune.export.finished import open_run
+from fedtune.export.checkpoint import open_run
+from fedtune.export.targets.submission import Submission
 
 
 def fedtune(*words: str | Path) -> Result:
@@ -35,7 +35,7 @@ def test_evaluated_and_exported(run: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "exports/tiny-1-peft_2\n"
     assert (
-        "peft_2 has no whole evaluation; make one: fedtune eval --bench tiny --peft runs/tiny-1/peft_2 --base"
+        "peft_2 has no complete evaluation; run one: fedtune eval --bench tiny --peft runs/tiny-1/peft_2 --base"
         in done.stderr
     )
     assert fedtune("eval", "--bench", "tiny", "--peft", run / "peft_2", "--base").exit_code == 0
@@ -101,7 +101,7 @@ def test_submission_gets_a_name_that_flower_takes(run: Path) -> None:
         ("2026_my run", "run-2026-my-run-r2"),
         ("a" * 50, "a" * 29 + "-r2"),
     ):
-        assert _default_out(open_run(str(run.rename(run.parent / name))), "submission") == Path("exports", wanted)
+        assert Submission.default_folder(open_run(str(run.rename(run.parent / name)))) == Path("exports", wanted)
         run = run.parent / name
 
 
@@ -149,16 +149,16 @@ def test_canaries_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["nothing"], 3, "There is no run 'nothing'. → The latest in runs: tiny-1."),
         (["peft_7"], 3, "There is no adapter 'peft_7'"),
         (["--peft", "peft_7"], 3, "has no peft_7. → It has peft_1, peft_2."),
-        (["--to", "zip"], 2, "--to zip is not one of folder, merged, submission, hf-hub"),
-        (["--to", "hf-hub"], 2, "Name it: --repo USER/NAME"),
+        (["--to", "zip"], 2, "'zip' is not one of 'folder', 'hf-hub', 'merged', 'submission'"),
+        (["--to", "hf-hub"], 2, "--to hf-hub needs --repo. → Add --repo USER/NAME"),
         (["--to", "hf-hub", "--repo", "a/b", "--out", "x"], 2, "--out does not go with --to hf-hub"),
-        (["--repo", "a/b"], 2, "--repo does not go with --to folder. → It goes with hf-hub."),
+        (["--repo", "a/b"], 2, "--repo does not go with --to folder. → It goes with --to hf-hub."),
         (["--to", "merged", "--tokenizer"], 2, "--tokenizer does not go with --to merged"),
         (["--draft"], 2, "--draft does not go with --to folder"),
-        (["--license", "My Own"], 2, "no licence id"),
-        (["--out", "runs"], 2, "runs holds something else already. → Choose another --out."),
-        (["tiny-1", "--check", "x"], 2, "Alone: fedtune export --check x"),
-        (["--check", "x", "--to", "merged"], 2, "Alone: fedtune export --check x"),
+        (["--license", "My Own"], 2, "is not the id of a licence"),
+        (["--out", "runs"], 2, "runs already holds other files. → Choose another --out."),
+        (["tiny-1", "--check", "x"], 2, "Use it without other options: fedtune export --check x"),
+        (["--check", "x", "--to", "merged"], 2, "Use it without other options: fedtune export --check x"),
     ],
 )
 def test_mistakes_get_one_paragraph(run: Path, words: list[str], code: int, said: str) -> None:

@@ -27,7 +27,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clean_submission(real_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The submission of `real_run`; not to be changed."""
-    from fedtune.export.finished import open_run
-    from fedtune.export.submission import export_submission
+    from fedtune.export.checkpoint import open_run
+    from fedtune.export.targets.submission import export_submission
 
     return export_submission(open_run(str(real_run)), tmp_path_factory.mktemp("clean") / "submission").folder

@@ -11,17 +11,8 @@ from huggingface_hub import ModelCard
 from small_runs import TOKEN, make_run, result, write_results
 
 from fedtune.errors import MissingError, UsageError
-from fedtune.export.card import (
-    average_accuracy,
-    card,
-    challenge_benches,
-    communication_text,
-    evaluation_command,
-    missing_benches,
-    result_table,
-    used_mib,
-)
-from fedtune.export.finished import FinishedRun, open_run
+from fedtune.export.card import card
+from fedtune.export.checkpoint import RunCheckpoint, open_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,7 +22,7 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "runs" / "tiny-1")
 
 
-def with_config(run: Path, **values: Any) -> FinishedRun:
+def with_config(run: Path, **values: Any) -> RunCheckpoint:
     """Open the run with other values at dotted paths, written with two underscores."""
     config = open_run(str(run)).config.model_dump(mode="json")
     for path, value in values.items():
@@ -41,7 +32,12 @@ def with_config(run: Path, **values: Any) -> FinishedRun:
     return open_run(str(run))
 
 
-def metadata(finished: FinishedRun, **more: Any) -> Any:
+def communication(finished: RunCheckpoint) -> str:
+    """Return the card's section on communication."""
+    return card(finished).partition("## Communication\n\n")[2].partition("\n##")[0]
+
+
+def metadata(finished: RunCheckpoint, **more: Any) -> Any:
     return ModelCard(card(finished, **more)).data
 
 
@@ -51,8 +47,7 @@ def test_scores_stand_beside_the_base(run: Path) -> None:
     write_results(run, [base, result(adapter, "tiny", 45, 100, interval_95=[0.3556, 0.5476], unparsed=7)])
     finished = open_run(str(run))
     row = "| Tiny | 45.00% | 35.6% – 54.8% | 30.00% (25.0% – 50.0%) | 7.0% | 100 | official |"
-    assert row in result_table(finished).splitlines()
-    assert row in card(finished)
+    assert row in card(finished).splitlines()
     data = metadata(finished)
     assert [(each.metric_type, each.metric_value) for each in data.eval_results] == [
         ("accuracy", 0.45),
@@ -62,7 +57,7 @@ def test_scores_stand_beside_the_base(run: Path) -> None:
     assert data.eval_results[0].dataset_type == "fedtune-tiny"
     # The base on other questions is no base to compare with.
     write_results(run, [{**base, "prompts_sha256": "1" * 64}, result(adapter, "tiny", 45, 100)])
-    assert "| not evaluated | 10.0% | 100 |" in result_table(open_run(str(run)))
+    assert "| not evaluated | 10.0% | 100 |" in card(open_run(str(run)))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +80,7 @@ def test_only_whole_official_results_are_published(run: Path, more: dict[str, An
     assert "has not been evaluated on a whole benchmark" in text
     assert "- The challenge's benchmarks tiny." in text
     assert ("Only a part of the questions, therefore not in the table: tiny." in text) == ("partial" in more)
-    assert evaluation_command(finished) == f"fedtune eval --bench tiny --peft {run / 'peft_2'} --base"
+    assert finished.evaluation_command == f"fedtune eval --bench tiny --peft {run / 'peft_2'} --base"
 
 
 def test_official_stands_before_fast(run: Path) -> None:
@@ -105,12 +100,12 @@ def test_averages_are_averages_of_the_challenges_benchmarks(run: Path) -> None:
     records = [result(adapter, bench, k, n) for bench, (k, n) in counts.items()]
     write_results(run, records[:3])
     finished = with_config(run, challenge="medical")
-    assert missing_benches(finished) == ["careqa"]
-    assert average_accuracy(finished) is None
+    assert finished.missing_benches == ["careqa"]
+    assert finished.average_accuracy is None
     assert "Average accuracy" not in card(finished)
     write_results(run, records)
     finished = open_run(str(run))
-    assert average_accuracy(finished) == sum(k / n for k, n in counts.values()) / 4
+    assert finished.average_accuracy == sum(k / n for k, n in counts.values()) / 4
     assert "Average accuracy: 63.57%." in card(finished)
     sources = {each.dataset_name: (each.dataset_type, each.dataset_split) for each in metadata(finished).eval_results}
     assert sources["MedQA"] == ("bigbio/med_qa", "test")
@@ -120,27 +115,27 @@ def test_averages_are_averages_of_the_challenges_benchmarks(run: Path) -> None:
 def test_categories_and_what_fedtune_does_not_score(run: Path) -> None:
     write_results(run, [result(run / "peft_2", "mmlu:social_sciences", 2000, 3077)])
     finished = with_config(run, challenge="general-nlp")
-    assert challenge_benches(finished) == ["mmlu:stem", "mmlu:social_sciences", "mmlu:humanities"]
-    assert missing_benches(finished) == ["mmlu:stem", "mmlu:humanities"]
+    assert finished.challenge_benches == ["mmlu:stem", "mmlu:social_sciences", "mmlu:humanities"]
+    assert finished.missing_benches == ["mmlu:stem", "mmlu:humanities"]
     assert "| MMLU social sciences | 65.00% |" in card(finished)
     assert metadata(finished).eval_results[0].dataset_config == "social_sciences"
-    assert "mbpp" in missing_benches(with_config(run, challenge="code"))
-    assert challenge_benches(with_config(run, challenge=None)) == []
+    assert "mbpp" in with_config(run, challenge="code").missing_benches
+    assert with_config(run, challenge=None).challenge_benches == []
 
 
 def test_communication_is_the_ledgers(run: Path) -> None:
     """Four messages of 1 MiB, then four of 2 MiB."""
     finished = open_run(str(run))
-    assert used_mib(finished) == 12
-    assert used_mib(open_run(str(run), "peft_1")) == 4
-    text = communication_text(finished)
+    assert finished.used_mib == 12
+    assert open_run(str(run), "peft_1").used_mib == 4
+    text = communication(finished)
     assert text.startswith("12.00 MiB of training messages in 2 rounds: 6.00 MiB to the clients, 6.00 MiB from them.")
     assert "refused" not in text
     lines = (run / "ledger.jsonl").read_text()
     (run / "ledger.jsonl").write_text(lines.replace('"ok"', '"lost"', 2))
-    assert "1 of the messages belong to rounds that a crash undid" in communication_text(open_run(str(run)))
+    assert "1 of the messages belong to rounds that a crash undid" in communication(open_run(str(run)))
     (run / "ledger.jsonl").unlink()
-    assert "not known" in communication_text(open_run(str(run)))
+    assert "not known" in communication(open_run(str(run)))
 
 
 def test_only_what_came_from_the_hub_is_named_as_its(run: Path, tmp_path: Path) -> None:
@@ -167,7 +162,7 @@ def test_only_what_came_from_the_hub_is_named_as_its(run: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("licence", ["Apache 2.0", "", "mit\ntags: x", "a" * 50])
 def test_a_licence_is_an_id(run: Path, licence: str) -> None:
-    with pytest.raises(UsageError, match="no licence id as the hub writes them"):
+    with pytest.raises(UsageError, match="is not the id of a licence on the hub"):
         card(open_run(str(run)), licence=licence)
 
 
@@ -196,7 +191,7 @@ def test_method_says_what_was_done(run: Path) -> None:
 def test_an_early_adapter_says_so(run: Path) -> None:
     assert "This is the adapter after round 1 of a run of 2." in card(open_run(str(run), "peft_1"))
     stopped = with_config(run, federation__rounds=5)
-    assert "after round 2 of a run of 5, which has come to round 2." in card(stopped)
+    assert "after round 2 of a run of 5, which has done 2 rounds so far." in card(stopped)
 
 
 def test_what_breaks_the_leaderboards_rules_is_said(run: Path) -> None:

@@ -17,9 +17,9 @@ from fedtune.budget.ledger import Entry, comm_cost_lines
 from fedtune.errors import MissingError
 from fedtune.evaluation.artefacts import accuracy_text
 from fedtune.export.card import title
-from fedtune.export.check import CheckResult, Finding, check
+from fedtune.export.lint.check import CheckResult, Finding, check
+from fedtune.export.lint.published import Figure, bench_of, challenge_of, published, row_count, selections
 from fedtune.export.package import MANIFEST
-from fedtune.export.published import Figure, bench_of, challenge_of, published, row_count, selections
 from fedtune.runs.directory import file_sha256
 
 # --- planted faults -----------------------------------------------------------------------------------------------------
@@ -115,14 +115,14 @@ def a_misspelt_key(folder: Path) -> None:
 
 FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
     (readme_score_no_k_gives, "README.md", "tiny 50.10%: no number of right answers among 216 gives it"),
-    (readme_score_of_another_k, "README.md", "gives 12.50% for tiny; benchmarks/generation_tiny_peft_2.jsonl tells"),
+    (readme_score_of_another_k, "README.md", "gives 12.50% for tiny; benchmarks/generation_tiny_peft_2.jsonl gives"),
     (average_that_is_none, "README.md", "gives 99.00% as average of tiny; it is"),
     (accuracy_that_generations_do_not_give, "benchmarks/acc_tiny_peft_2.txt", "says 0.125; benchmarks/generation_tiny"),
     (a_row_less, "benchmarks/generation_tiny_peft_2.jsonl", "holds 215 rows; tiny has 216"),
     (budget_of_another_run, "README.md", "gives 12.34 MB as communication budget; comm_cost.txt:"),
     (a_round_more_declared, "comm_cost.txt", "has 2 rounds; pyproject.toml declares num-server-rounds = 3"),
     (another_federation_size, "pyproject.toml", "gives several numbers of clients: 8, 4"),
-    (an_earlier_checkpoint, "peft_1", "the adapter of the last checkpoint, peft_2, are not here"),
+    (an_earlier_checkpoint, "peft_1", "is the adapter of another checkpoint; that of the last one, peft_2, is missing"),
     (sums_that_contradict, "comm_cost.txt", "contradicts itself: entry 1 says 9"),
     (another_rank, "peft_2/adapter_config.json", "r is 8; pyproject.toml says model.lora.peft-lora-r = 4"),
     (
@@ -132,9 +132,9 @@ FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
     ),
     (pickled_weights, "peft_2/adapter_model.bin", "is a pickle"),
     (a_damaged_adapter, "peft_2/adapter_model.safetensors", "damaged"),
-    (a_token, ".env", "holds what looks like a secret (hf_aaa…)"),
+    (a_token, ".env", "contains what looks like a secret (hf_aaa…)"),
     (a_link_outside, "notes.md", "is a link"),
-    (no_score, "README.md", "gives no score for tiny, which the challenge is ranked on"),
+    (no_score, "README.md", "gives no score for tiny, by which the challenge is ranked"),
     (a_misspelt_key, "pyproject.toml", "strategy.nmae: there is no such key; did you mean strategy.name?"),
 ]
 
@@ -175,8 +175,8 @@ def test_the_manifest_tells_a_changed_and_a_missing_file(planted: Path) -> None:
     swap(planted / "fedtune.json", '"seed": 42', '"seed": 43')
     (planted / "fedtune_tiny" / "__init__.py").unlink()
     assert check(planted).findings == (
-        Finding("fedtune.json", "is not the file that manifest.json has the sha256 of"),
-        Finding("fedtune_tiny/__init__.py", "is missing; manifest.json names it"),
+        Finding("fedtune.json", "does not have the sha256 that manifest.json lists"),
+        Finding("fedtune_tiny/__init__.py", "is missing; manifest.json lists it"),
     )
 
 

@@ -22,10 +22,10 @@ from loopback_hub import OWNER, TOKEN, Fault, Handler, LoopbackHub, account, loo
 import fedtune.hub
 from fedtune.config.schema import AdapterConfig, FedTuneConfig, ModelConfig
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.export.finished import FinishedRun, open_run
-from fedtune.export.folder import folder_package
-from fedtune.export.hub import Published, publish
+from fedtune.export.checkpoint import RunCheckpoint, open_run
 from fedtune.export.package import MANIFEST, Package, package
+from fedtune.export.publish import Published, publish
+from fedtune.export.targets.folder import Folder
 from fedtune.models.adapter import WEIGHTS_FILE, attach, read_adapter, write_adapter
 from fedtune.models.base import Base, load_base
 from fedtune.models.hub import fetch_adapter
@@ -42,7 +42,7 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="module")
-def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> RunCheckpoint:
     """A run directory with one adapter, as `fedtune train` leaves it."""
     folder = tmp_path_factory.mktemp("work") / "runs" / "tiny-1"
     folder.mkdir(parents=True)
@@ -75,7 +75,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def small(finished: FinishedRun) -> Package:
+def small(finished: RunCheckpoint) -> Package:
     """A package of one large file and two small ones."""
     return package(
         {
@@ -86,7 +86,7 @@ def small(finished: FinishedRun) -> Package:
     )
 
 
-def with_base(finished: FinishedRun, name: str) -> FinishedRun:
+def with_base(finished: RunCheckpoint, name: str) -> RunCheckpoint:
     model = finished.config.model.model_copy(update={"base": name, "revision": "b" * 40})
     return replace(finished, config=finished.config.model_copy(update={"model": model}))
 
@@ -111,11 +111,11 @@ def refusal(call: Callable[[], object], error: type[FedTuneError] = MissingError
     return text
 
 
-def test_the_adapter_comes_back_by_its_id(hub: LoopbackHub, finished: FinishedRun, base: Base) -> None:
+def test_the_adapter_comes_back_by_its_id(hub: LoopbackHub, finished: RunCheckpoint, base: Base) -> None:
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
-    made = folder_package(finished)
+    made = Folder().package(finished)
     published = publish(finished, made, REPO)
     assert published == Published(
         repo=REPO,
@@ -124,7 +124,7 @@ def test_the_adapter_comes_back_by_its_id(hub: LoopbackHub, finished: FinishedRu
         sizes={name: len(content) for name, content in sorted(all_of(made).items())},
         created=True,
         unchanged=False,
-        notes=("The base model is not on the hub, so the card names none.",),
+        notes=("The base model is not on the hub, so the card does not name it.",),
     )
     assert_there(hub, made)
     assert hub.repos[REPO].private
@@ -145,16 +145,16 @@ def test_the_adapter_comes_back_by_its_id(hub: LoopbackHub, finished: FinishedRu
     assert all(torch.equal(kept[name], tensor) for name, tensor in read.items())
 
 
-def test_repeating_makes_no_commit(hub: LoopbackHub, finished: FinishedRun) -> None:
-    first = publish(finished, folder_package(finished), REPO)
+def test_repeating_makes_no_commit(hub: LoopbackHub, finished: RunCheckpoint) -> None:
+    first = publish(finished, Folder().package(finished), REPO)
     hub.asked.clear()
-    again = publish(finished, folder_package(finished), REPO)
+    again = publish(finished, Folder().package(finished), REPO)
     assert (again.created, again.unchanged, again.commit) == (False, True, first.commit)
     assert hub.writes() == []
 
 
 def test_an_update_replaces_the_former_package_and_nothing_else(
-    hub: LoopbackHub, finished: FinishedRun, small: Package
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package
 ) -> None:
     repo = hub.model(REPO, {"NOTES.md": b"the owner's own", "results.json": b"[1]"})
     publish(finished, package({**small.files, "old.json": "{}"}), REPO)
@@ -175,7 +175,7 @@ def test_an_update_replaces_the_former_package_and_nothing_else(
     "foreign", [b'{"NOTES.md": "a web app\'s"}', b'["NOTES.md"]', b"\xff no JSON", b'{"gone.txt": "%s"}' % (b"0" * 64)]
 )
 def test_a_manifest_of_something_else_deletes_nothing(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, foreign: bytes
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, foreign: bytes
 ) -> None:
     repo = hub.model(REPO, {"NOTES.md": b"the owner's own", MANIFEST: foreign})
     publish(finished, small, REPO)
@@ -183,22 +183,22 @@ def test_a_manifest_of_something_else_deletes_nothing(
     assert repo.files()[MANIFEST] == small.manifest()
 
 
-def test_visibility_is_chosen_once_and_never_changed(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_visibility_is_chosen_once_and_never_changed(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     publish(finished, small, f"{OWNER}/open", public=True)
     publish(finished, small, "team/shared")
     assert not hub.repos[f"{OWNER}/open"].private
     assert hub.repos["team/shared"].private
     said = publish(finished, small, f"{OWNER}/open").notes
-    assert any("is public already and stays so" in note for note in said)
+    assert any("is public already and stays public" in note for note in said)
     assert not hub.repos[f"{OWNER}/open"].private
     hub.repos["team/shared"].gated = "auto"
     said = publish(finished, small, "team/shared", public=True).notes
-    assert any("is private and stays so" in note for note in said)
-    assert any("is gated and stays so" in note for note in said)
+    assert any("is private and stays private" in note for note in said)
+    assert any("is gated and stays gated" in note for note in said)
     assert hub.repos["team/shared"].private
 
 
-def test_a_branch_of_its_own(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_a_branch_of_its_own(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     published = publish(finished, small, REPO, revision="rank-2", message="second try")
     repo = hub.repos[REPO]
     assert published.url.endswith(f"{REPO}/tree/rank-2")
@@ -211,13 +211,13 @@ def test_a_branch_of_its_own(hub: LoopbackHub, finished: FinishedRun, small: Pac
 @pytest.mark.parametrize(
     "repo", ["adapter", "a/b/c", "me/", "me/a b", "me/x..y", "-me/x", "me/x.git", "me/" + "x" * 99]
 )
-def test_names_of_repositories(hub: LoopbackHub, finished: FinishedRun, small: Package, repo: str) -> None:
+def test_names_of_repositories(hub: LoopbackHub, finished: RunCheckpoint, small: Package, repo: str) -> None:
     assert "--repo USER/NAME" in refusal(lambda: publish(finished, small, repo), UsageError)
     assert hub.asked == []
 
 
 @pytest.mark.parametrize("revision", ["", "a b", "refs/pr/1", "0" * 40, "a..b", "-x", "x/", "x~1", "v1."])
-def test_names_of_branches(hub: LoopbackHub, finished: FinishedRun, small: Package, revision: str) -> None:
+def test_names_of_branches(hub: LoopbackHub, finished: RunCheckpoint, small: Package, revision: str) -> None:
     assert "--revision" in refusal(lambda: publish(finished, small, REPO, revision=revision), UsageError)
     assert hub.asked == []
 
@@ -233,8 +233,8 @@ def scoped(name: str, *permissions: str) -> dict[str, object]:
     ("repo", "who", "said"),
     [
         (REPO, None, "does not accept your token"),
-        (REPO, account("read"), "Your token may only read. Make one that may write at"),
-        ("you/adapter", account(), f"You are logged in as me, who is no member of you. Publish as --repo {REPO}"),
+        (REPO, account("read"), "Your token may only read. Create one that may write at"),
+        ("you/adapter", account(), f"You are logged in as me, who is not a member of you. Publish as --repo {REPO}"),
         ("readers/adapter", account(), "As a member of readers you may read"),
         (REPO, scoped(OWNER, "repo.content.read"), "Your fine-grained token may not write to me/adapter"),
         (REPO, scoped("team", "repo.write"), "Your fine-grained token may not write to me/adapter"),
@@ -242,7 +242,7 @@ def scoped(name: str, *permissions: str) -> dict[str, object]:
     ],
 )
 def test_who_may_not_write_sends_nothing(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, repo: str, who: dict[str, object] | None, said: str
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, repo: str, who: dict[str, object] | None, said: str
 ) -> None:
     hub.accounts = {TOKEN: who} if who else {}
     assert said in refusal(lambda: publish(finished, small, repo))
@@ -260,20 +260,20 @@ def test_who_may_not_write_sends_nothing(
         {"name": OWNER.upper(), "auth": {"type": "oauth"}},
     ],
 )
-def test_who_may_write_does(hub: LoopbackHub, finished: FinishedRun, small: Package, who: dict[str, object]) -> None:
+def test_who_may_write_does(hub: LoopbackHub, finished: RunCheckpoint, small: Package, who: dict[str, object]) -> None:
     hub.accounts = {TOKEN: who}
     publish(finished, small, REPO)
     assert_there(hub, small)
 
 
-def test_no_token(hub: LoopbackHub, finished: FinishedRun, small: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token(hub: LoopbackHub, finished: RunCheckpoint, small: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in refusal(lambda: publish(finished, small, REPO))
     assert hub.asked == []
 
 
 def test_an_existing_repository_that_may_not_be_written(
-    hub: LoopbackHub, finished: FinishedRun, small: Package
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package
 ) -> None:
     hub.model(REPO, writable=False)
     assert "does not let your token write to me/adapter (403)" in refusal(lambda: publish(finished, small, REPO))
@@ -284,7 +284,7 @@ def test_an_existing_repository_that_may_not_be_written(
     assert_there(hub, small)
 
 
-def test_the_base_model_is_looked_up(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_the_base_model_is_looked_up(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     hub.model("them/base", private=False)
     assert publish(with_base(finished, "them/base"), small, REPO).notes == ()
     hub.repos["them/base"].gated = "manual"
@@ -300,7 +300,7 @@ def test_the_base_model_is_looked_up(hub: LoopbackHub, finished: FinishedRun, sm
 # --- dry runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_asks_and_sends_nothing(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_a_dry_run_asks_and_sends_nothing(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     published = publish(finished, small, REPO, dry_run=True)
     assert (published.commit, published.created, published.unchanged) == (None, True, False)
     assert published.sizes == small.sizes()
@@ -315,7 +315,7 @@ def test_a_dry_run_asks_and_sends_nothing(hub: LoopbackHub, finished: FinishedRu
 
 
 def test_a_dry_run_needs_no_network_and_no_token(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said() -> str:
         published = publish(finished, small, REPO, dry_run=True)
@@ -353,7 +353,7 @@ def test_a_dry_run_needs_no_network_and_no_token(
     ],
 )
 def test_503_twice_then_ok(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, where: str, slept: list[float]
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, where: str, slept: list[float]
 ) -> None:
     hub.fail(where, 503, times=2)
     publish(finished, small, REPO)
@@ -365,7 +365,7 @@ def test_503_twice_then_ok(
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("where", [COMMIT, "POST /api/repos/create", "PUT /storage"])
 def test_a_line_cut_before_or_after_the_hub_has_stored(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, where: str, after: bool
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, where: str, after: bool
 ) -> None:
     hub.drop(where, after=after)
     published = publish(finished, small, REPO)
@@ -377,7 +377,7 @@ def test_a_line_cut_before_or_after_the_hub_has_stored(
     assert len(commits) == (2 if where == COMMIT and not after else 1)
 
 
-def test_another_commit_in_between_is_seen(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_another_commit_in_between_is_seen(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     publish(finished, small, REPO)
     repo = hub.repos[REPO]
 
@@ -405,7 +405,7 @@ def test_another_commit_in_between_is_seen(hub: LoopbackHub, finished: FinishedR
 @pytest.mark.parametrize("where", ["whoami", COMMIT])
 def test_429_waits_as_long_as_the_hub_says(
     hub: LoopbackHub,
-    finished: FinishedRun,
+    finished: RunCheckpoint,
     small: Package,
     slept: list[float],
     where: str,
@@ -418,7 +418,7 @@ def test_429_waits_as_long_as_the_hub_says(
     assert_there(hub, small)
 
 
-def test_429_for_too_long_ends(hub: LoopbackHub, finished: FinishedRun, small: Package, slept: list[float]) -> None:
+def test_429_for_too_long_ends(hub: LoopbackHub, finished: RunCheckpoint, small: Package, slept: list[float]) -> None:
     hub.fail("whoami", 429, Retry_After="3600")
     assert "answers 429" in refusal(lambda: publish(finished, small, REPO))
     assert slept == []
@@ -430,7 +430,7 @@ def test_429_for_too_long_ends(hub: LoopbackHub, finished: FinishedRun, small: P
 )
 @pytest.mark.parametrize("where", ["create", "preupload", "PUT /storage", COMMIT])
 def test_a_refusal_on_the_way_is_one_sentence(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, slept: list[float], where: str, status: int, said: str
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, slept: list[float], where: str, status: int, said: str
 ) -> None:
     hub.fail(where, status)
     text = refusal(lambda: publish(finished, small, REPO))
@@ -440,7 +440,7 @@ def test_a_refusal_on_the_way_is_one_sentence(
 
 
 def test_a_hub_that_stays_down_and_the_same_command_later(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, slept: list[float]
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, slept: list[float]
 ) -> None:
     hub.fail(COMMIT, 503)
     assert "answers 503 for me/adapter" in refusal(lambda: publish(finished, small, REPO))
@@ -456,7 +456,7 @@ def test_a_hub_that_stays_down_and_the_same_command_later(
 @pytest.mark.parametrize("where", ["create", "PUT /storage", COMMIT])
 def test_interrupted_and_repeated_ends_in_the_same_state(
     hub: LoopbackHub,
-    finished: FinishedRun,
+    finished: RunCheckpoint,
     small: Package,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
@@ -475,7 +475,7 @@ def test_interrupted_and_repeated_ends_in_the_same_state(
     assert hub.repos[REPO].private
 
 
-def test_what_came_back_is_compared(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_what_came_back_is_compared(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     def spoil(name: str) -> Callable[[], None]:
         return lambda: hub.repos[REPO].files().__setitem__(name, hub.repos[REPO].files()[name] + b" ")
 
@@ -483,22 +483,22 @@ def test_what_came_back_is_compared(hub: LoopbackHub, finished: FinishedRun, sma
         hub.repos.clear()
         hub.on_commit = spoil(name)
         said = refusal(lambda: publish(finished, small, REPO), FedTuneError)
-        assert f"the hub holds something else than was sent to {REPO}: {name}." in said
+        assert f"the hub holds other contents than were sent to {REPO}: {name}." in said
     hub.on_commit = lambda: None
     publish(finished, small, REPO)
     assert_there(hub, small)
 
 
-def test_a_card_that_the_hub_refuses_or_doubts(hub: LoopbackHub, finished: FinishedRun, small: Package) -> None:
+def test_a_card_that_the_hub_refuses_or_doubts(hub: LoopbackHub, finished: RunCheckpoint, small: Package) -> None:
     local = package({**small.files, "README.md": "---\nbase_model: /home/x\n---\n"})
-    assert "The hub does not take the model card" in refusal(lambda: publish(finished, local, REPO), UsageError)
+    assert "The hub refuses the model card" in refusal(lambda: publish(finished, local, REPO), UsageError)
     assert hub.storage == {}
     hub.card_warning = "license is\nnot known"
-    assert "The hub says of the card: license is not known" in publish(finished, small, REPO).notes
+    assert "The hub says about the card: license is not known" in publish(finished, small, REPO).notes
 
 
 def test_another_status_is_told_with_the_hubs_own_words(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = "hf_oauth_a.b.c"  # another form than a user's own
     monkeypatch.setenv("HF_TOKEN", token)
@@ -516,7 +516,7 @@ def test_another_status_is_told_with_the_hubs_own_words(
 
 def test_canaries_never_reach_the_hub(
     hub: LoopbackHub,
-    finished: FinishedRun,
+    finished: RunCheckpoint,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
@@ -539,7 +539,7 @@ def test_canaries_never_reach_the_hub(
     table["data"]["source"] = f"/home/CANARY/{token}.jsonl"
     (run / "config.json").write_text(json.dumps(table))
     with_canaries = open_run(str(run))
-    publish(with_canaries, folder_package(with_canaries), REPO)
+    publish(with_canaries, Folder().package(with_canaries), REPO)
     reached = hub.everything()
     assert WEIGHTS_FILE.encode() in reached
     assert (finished.adapter / WEIGHTS_FILE).read_bytes() in reached, "this looks where it should"
@@ -549,12 +549,12 @@ def test_canaries_never_reach_the_hub(
     for text in (caplog.text, shown.out, shown.err):
         assert TOKEN not in text
         assert token not in text
-    assert set(hub.repos[REPO].files()) - {".gitattributes"} == {*folder_package(with_canaries).files, MANIFEST}
+    assert set(hub.repos[REPO].files()) - {".gitattributes"} == {*Folder().package(with_canaries).files, MANIFEST}
 
 
 def test_addresses_that_let_their_reader_upload_are_in_no_log(
     hub: LoopbackHub,
-    finished: FinishedRun,
+    finished: RunCheckpoint,
     small: Package,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -567,14 +567,14 @@ def test_addresses_that_let_their_reader_upload_are_in_no_log(
     assert logging.getLogger("huggingface_hub").level == before
 
 
-def test_a_link_in_place_of_the_weights_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_weights_is_refused(finished: RunCheckpoint, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).symlink_to(finished.adapter / WEIGHTS_FILE)
     with pytest.raises(UsageError, match="is a link"):
         package({WEIGHTS_FILE: tmp_path / WEIGHTS_FILE})
 
 
 def test_the_wait_for_a_hub_that_hangs_ends(
-    hub: LoopbackHub, finished: FinishedRun, small: Package, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, finished: RunCheckpoint, small: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = threading.Event()
     hub.faults.append(Fault("whoami", 1, lambda handler: done.wait(10) and None))
@@ -586,7 +586,7 @@ def test_the_wait_for_a_hub_that_hangs_ends(
 
 
 @pytest.mark.slow
-def test_the_command_finds_the_hub_by_hf_endpoint(hub: LoopbackHub, finished: FinishedRun, tmp_path: Path) -> None:
+def test_the_command_finds_the_hub_by_hf_endpoint(hub: LoopbackHub, finished: RunCheckpoint, tmp_path: Path) -> None:
     def typed(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "fedtune.cli.app", "export", str(finished.run.path), "--to", "hf-hub", *words],
@@ -599,8 +599,8 @@ def test_the_command_finds_the_hub_by_hf_endpoint(hub: LoopbackHub, finished: Fi
 
     done = typed("--repo", REPO)
     assert (done.returncode, done.stdout) == (0, f"{hub.url}/{REPO}\n"), done.stderr
-    assert_there(hub, folder_package(finished))
+    assert_there(hub, Folder().package(finished))
     done = typed("--repo", "you/adapter")
     assert (done.returncode, done.stdout) == (3, "")
-    assert "no member of you" in done.stderr
+    assert "not a member of you" in done.stderr
     assert TOKEN not in done.stderr

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from fedtune.config.load import load_config
 from fedtune.config.schema import AdapterConfig
 from fedtune.errors import MissingError, UsageError
-from fedtune.export.finished import open_run
-from fedtune.export.folder import adapter_config, export_folder, folder_package, ledger_summary, notes
+from fedtune.export.checkpoint import open_run
+from fedtune.export.files import adapter_config, ledger_summary
+from fedtune.export.targets.folder import Folder, export_folder
 from fedtune.runs.directory import file_sha256
 
 _KEYS = (
@@ -55,7 +56,7 @@ def test_whole_folder(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest == {name: file_sha256(tmp_path / "out" / name) for name in names - {"manifest.json"}}
     assert manifest["adapter_model.safetensors"] == file_sha256(run / "peft_2" / "adapter_model.safetensors")
-    assert "tokenizer.json" not in folder_package(open_run(str(run))).files
+    assert "tokenizer.json" not in Folder().package(open_run(str(run))).files
 
 
 def test_the_adapter_loads_back_with_peft(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_results_are_this_adapters_and_its_bases(run: Path) -> None:
     mine = result(run / "peft_2", "tiny", 3, 4, findings=["/home/someone/q.jsonl"], unparsed_outputs=[[TOKEN, 1]])
     mine["model"] = base["model"] = {"base": "/home/someone/llama", "quantization": "fp4"}
     write_results(run, [base, other, mine])
-    found = json.loads(folder_package(open_run(str(run))).text("results.json"))
+    found = json.loads(Folder().package(open_run(str(run))).text("results.json"))
     assert [(each["subject"], each["k"]) for each in found] == [("base", 1), ("peft_2", 3)]
     assert found[1]["model"]["base"] == "llama"
     assert found[1]["unparsed_outputs"] == [["[removed]", 1]]
@@ -160,7 +161,7 @@ def test_links_in_the_adapters_place_are_refused(run: Path, tmp_path: Path) -> N
     weights = run / "peft_2" / "adapter_model.safetensors"
     weights.rename(tmp_path / "weights.safetensors")
     weights.symlink_to(tmp_path / "weights.safetensors")
-    with pytest.raises(UsageError, match="is a link or no regular file"):
+    with pytest.raises(UsageError, match="is a link or not a regular file"):
         export_folder(open_run(str(run)), tmp_path / "out")
     (run / "peft_2").rename(tmp_path / "peft_2")
     (run / "peft_2").symlink_to(tmp_path / "peft_2")
@@ -171,14 +172,14 @@ def test_links_in_the_adapters_place_are_refused(run: Path, tmp_path: Path) -> N
 
 def test_what_is_missing_is_said_with_its_command(run: Path) -> None:
     finished = open_run(str(run))
-    assert notes(finished) == (
-        f"peft_2 has no whole evaluation; make one: fedtune eval --bench tiny --peft {run / 'peft_2'} --base",
+    assert finished.notes == (
+        f"peft_2 has no complete evaluation; run one: fedtune eval --bench tiny --peft {run / 'peft_2'} --base",
     )
     config = json.loads((run / "config.json").read_text())
     config["federation"]["rounds"] = 4
     (run / "config.json").write_text(json.dumps(config))
-    said = notes(open_run(str(run)))
-    assert said[0] == f"The run has come to round 2 of 4; go on with it: fedtune train --resume {run}"
+    said = open_run(str(run)).notes
+    assert said[0] == f"The run has done 2 of 4 rounds; continue it: fedtune train --resume {run}"
 
 
 def test_a_run_without_adapters(run: Path, tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_a_run_without_adapters(run: Path, tmp_path: Path) -> None:
         (run / f"peft_{number}").rename(tmp_path / f"peft_{number}")
     with pytest.raises(MissingError, match="has no adapter yet") as caught:
         open_run(str(run))
-    assert caught.value.hint == f"Go on with it: fedtune train --resume {run}"
+    assert caught.value.hint == f"Continue it: fedtune train --resume {run}"
 
 
 @pytest.mark.parametrize(("name", "error"), [("peft_9", MissingError), ("nine", UsageError), ("peft_x", UsageError)])

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from fedtune.config.schema import AdapterConfig
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.export import merged
-from fedtune.export.finished import FinishedRun, open_run
-from fedtune.export.merged import Target, compare, export_merged, merged_sizes, merged_tensor
+from fedtune.export import merge, merge_check
+from fedtune.export.checkpoint import RunCheckpoint, open_run
+from fedtune.export.merge import Update, merged_tensor
+from fedtune.export.merge_check import compare
+from fedtune.export.targets.merged import Merged, export_merged
 from fedtune.runs.directory import file_sha256
 
 ATTENTION = ("q_proj", "o_proj")
@@ -31,11 +33,11 @@ def adapter(targets: tuple[str, ...] = ATTENTION, **more: object) -> AdapterConf
     return AdapterConfig.model_validate({"rank": 4, "alpha": 6, "dropout": 0.0, "targets": targets, **more})
 
 
-def opened(tmp_path: Path, base: Path, settings: AdapterConfig) -> FinishedRun:
+def opened(tmp_path: Path, base: Path, settings: AdapterConfig) -> RunCheckpoint:
     return open_run(str(make_run(tmp_path / "run", base=str(base), adapter=settings, kept=(2,))))
 
 
-def by_peft(finished: FinishedRun, base: Path) -> dict[str, torch.Tensor]:
+def by_peft(finished: RunCheckpoint, base: Path) -> dict[str, torch.Tensor]:
     """Merge with PEFT itself."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     with warnings.catch_warnings():
@@ -48,18 +50,18 @@ def by_peft(finished: FinishedRun, base: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every export here is held to less than a user's."""
-    monkeypatch.setattr(merged, "TOLERANCE", {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2})
+    monkeypatch.setattr(merge_check, "TOLERANCE", {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2})
 
 
 def test_one_weight_by_hand() -> None:
     """W + s·B·A, and the same with DoRA's norm, on numbers that fit a line."""
     weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    plain = Target(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]]), 2.0, False, None)
+    plain = Update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]]), 2.0, False, None)
     assert merged_tensor(weight, plain).tolist() == [[3.0, 4.0], [0.0, 2.0]]
     # ‖(3, 4)‖ = 5, ‖(0, 2)‖ = 2
-    dora = Target(plain.lora_a, plain.lora_b, 2.0, False, torch.tensor([10.0, 1.0]))
+    dora = Update(plain.lora_a, plain.lora_b, 2.0, False, torch.tensor([10.0, 1.0]))
     assert merged_tensor(weight, dora).tolist() == [[6.0, 8.0], [0.0, 1.0]]
-    conv = Target(plain.lora_a, plain.lora_b, 2.0, True, None)
+    conv = Update(plain.lora_a, plain.lora_b, 2.0, True, None)
     assert merged_tensor(weight.T.contiguous(), conv).T.tolist() == [[3.0, 4.0], [0.0, 2.0]]
 
 
@@ -166,11 +168,11 @@ def test_the_same_head_stored_twice_stays_tied(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> FinishedRun:
+def finished(tmp_path: Path) -> RunCheckpoint:
     return opened(tmp_path, small_llama(tmp_path / "base"), adapter())
 
 
-def test_files(finished: FinishedRun, tmp_path: Path) -> None:
+def test_files(finished: RunCheckpoint, tmp_path: Path) -> None:
     """A model's folder with its card, its run, and a sha256 for each; planned as written."""
     write_results(finished.run.path, [result(finished.adapter, "tiny", 1, 2)])
     config = json.loads((tmp_path / "base" / "config.json").read_text())
@@ -180,7 +182,7 @@ def test_files(finished: FinishedRun, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     wanted = "README.md config.json fedtune.json generation_config.json ledger.json manifest.json model.safetensors"
     assert names == {*wanted.split(), "results.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"}
-    assert done.sizes.keys() == merged_sizes(finished).keys() == names
+    assert done.sizes.keys() == Merged().plan(finished).sizes.keys() == names
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest == {name: file_sha256(tmp_path / "out" / name) for name in names - {"manifest.json"}}
     card = (tmp_path / "out" / "README.md").read_text()
@@ -191,11 +193,11 @@ def test_files(finished: FinishedRun, tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").glob("*.safetensors")} == {0o644}
     export_merged(finished, tmp_path / "out")  # what an export wrote is replaced
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="already holds other files"):
         export_merged(finished, tmp_path / "out")
 
 
-def test_the_comparison_sees_the_adapter(finished: FinishedRun, tmp_path: Path) -> None:
+def test_the_comparison_sees_the_adapter(finished: RunCheckpoint, tmp_path: Path) -> None:
     """The adapter moves the logits by far more than what is allowed, so that the check can tell."""
     export_merged(finished, tmp_path / "out")
     found = compare(finished, tmp_path / "out")
@@ -204,16 +206,16 @@ def test_the_comparison_sees_the_adapter(finished: FinishedRun, tmp_path: Path) 
     assert compare(finished, tmp_path / "base").difference == found.effect
 
 
-def test_a_wrong_merge_is_refused(finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_refused(finished: RunCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge that leaves the adapter out does not pass, and leaves nothing behind."""
-    monkeypatch.setattr(merged, "merged_tensor", lambda weight, target: weight)
-    with pytest.raises(FedTuneError, match="does not give what base and adapter give"):
+    monkeypatch.setattr(merge, "merged_tensor", lambda weight, update: weight)
+    with pytest.raises(FedTuneError, match="does not give the logits of base and adapter"):
         export_merged(finished, tmp_path / "exports" / "out")
     assert list((tmp_path / "exports").iterdir()) == []
 
 
-def test_short_memory_is_said(finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merged, "free_memory_bytes", lambda device: 1000)
+def test_short_memory_is_said(finished: RunCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_check, "free_memory_bytes", lambda device: 1000)
     note = export_merged(finished, tmp_path / "out").notes[0]
     assert note.startswith("Not checked: comparing the logits takes ")
     assert "1000 B are free" in note
@@ -222,11 +224,11 @@ def test_short_memory_is_said(finished: FinishedRun, tmp_path: Path, monkeypatch
 def test_what_a_dtype_cannot_hold(tmp_path: Path) -> None:
     """float16 ends at 65504."""
     finished = opened(tmp_path, small_llama(tmp_path / "base", torch.float16), adapter(alpha=10**9))
-    with pytest.raises(FedTuneError, match=r"_proj\.weight holds a value that torch\.float16 cannot"):
+    with pytest.raises(FedTuneError, match=r"_proj\.weight holds a value that torch\.float16 cannot represent"):
         export_merged(finished, tmp_path / "out")
 
 
-def test_a_quantized_base_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
+def test_a_quantized_base_is_refused(finished: RunCheckpoint, tmp_path: Path) -> None:
     file = tmp_path / "base" / "config.json"
     table = {
         **json.loads(file.read_text()),
@@ -237,7 +239,7 @@ def test_a_quantized_base_is_refused(finished: FinishedRun, tmp_path: Path) -> N
         export_merged(finished, tmp_path / "out")
 
 
-def test_another_base_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
+def test_another_base_is_refused(finished: RunCheckpoint, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "base" / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     save_file(
@@ -254,11 +256,11 @@ def test_another_base_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     save_file(
         {**weights, name: torch.zeros(32, 32)}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"}
     )
-    with pytest.raises(MissingError, match="no place for stray"):
+    with pytest.raises(MissingError, match="no module for stray"):
         export_merged(open_run(str(finished.run.path)), tmp_path / "out")
 
 
-def test_canaries_stay(finished: FinishedRun, tmp_path: Path) -> None:
+def test_canaries_stay(finished: RunCheckpoint, tmp_path: Path) -> None:
     plant_canaries(finished.run.path, tmp_path / "outside")
     for name in (".env", "id_rsa", "notes.txt"):
         (tmp_path / "base" / name).write_text("canary TOKEN=" + TOKEN)
@@ -266,11 +268,11 @@ def test_canaries_stay(finished: FinishedRun, tmp_path: Path) -> None:
     assert_clean(tmp_path / "out")
     (tmp_path / "base" / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     (tmp_path / "base" / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(UsageError, match="is a link to another place"):
+    with pytest.raises(UsageError, match="is a link to a file outside its folder"):
         export_merged(open_run(str(finished.run.path)), tmp_path / "other")
 
 
-def test_the_hubs_cache_holds_links(finished: FinishedRun, tmp_path: Path) -> None:
+def test_the_hubs_cache_holds_links(finished: RunCheckpoint, tmp_path: Path) -> None:
     """Its snapshots link to contents beside them: these are the base's own files."""
     repository = tmp_path / "models--owner--name"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -302,21 +304,22 @@ make_run(folder / "run", base=str(base), adapter=AdapterConfig(rank=4, targets=(
 _MERGE = """
 import sys
 from pathlib import Path
-from fedtune.export import merged
-from fedtune.export.finished import open_run
+from fedtune.export import merge, merge_check
+from fedtune.export.checkpoint import open_run
+from fedtune.export.targets.merged import export_merged
 
 folder = Path(sys.argv[1])
-merged.free_memory_bytes = lambda device: 0  # the comparison holds a whole model, and says so
+merge_check.free_memory_bytes = lambda device: 0  # the comparison holds a whole model, and says so
 
 def held():  # the process's own memory, without files that are mapped into it
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 finished = open_run(str(folder / "run"))
-merged.plan_merge(finished, folder / "base")
+merge.plan_merge(finished)
 before, seen = held(), [0]
 listen = lambda done, total: seen.append(held())
-done = merged.export_merged(finished, folder / "out", shard_bytes=32_000_000, listener=listen)
+done = export_merged(finished, folder / "out", shard_bytes=32_000_000, listener=listen)
 assert done.notes[0].startswith("Not checked")
 print(sum(done.sizes.values()), max(seen) - before)
 """
@@ -349,7 +352,7 @@ FEATURES: dict[str, dict[str, object]] = {
 }
 
 
-def by_plain_peft(tmp_path: Path, family: str, **settings: object) -> tuple[FinishedRun, torch.Tensor]:
+def by_plain_peft(tmp_path: Path, family: str, **settings: object) -> tuple[RunCheckpoint, torch.Tensor]:
     """A run whose adapter plain PEFT has made, and the logits that PEFT gives with it."""
     base = build(family, tmp_path)
     run = make_run(tmp_path / "run", base=str(base), kept=(2,))

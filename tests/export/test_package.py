@@ -13,7 +13,7 @@ from small_runs import TOKEN
 
 from fedtune.config.schema import DataConfig, FederationConfig, FedTuneConfig, ModelConfig
 from fedtune.errors import MissingError, UsageError
-from fedtune.export.package import is_hub_id, package, public_config, public_name, secret_in, strike
+from fedtune.export.package import is_hub_id, package, public_config, public_name, redact, secret_in
 
 SECRETS = [
     TOKEN,
@@ -29,9 +29,9 @@ SECRETS = [
 def test_secrets_are_found_and_struck_out(secret: str) -> None:
     text = f"before {secret} after"
     assert secret_in(text)
-    assert secret not in strike(text)
-    assert not secret_in(strike(text))
-    with pytest.raises(UsageError, match=r"notes\.txt holds what looks like a secret") as caught:
+    assert secret not in redact(text)
+    assert not secret_in(redact(text))
+    with pytest.raises(UsageError, match=r"notes\.txt contains what looks like a secret") as caught:
         package({"notes.txt": text})
     assert secret not in str(caught.value)
 
@@ -43,8 +43,8 @@ def test_secrets_are_found_and_struck_out(secret: str) -> None:
     )
 )
 def test_striking_leaves_json_json(value: object) -> None:
-    assert not secret_in(strike(json.dumps(value)))
-    json.loads(strike(json.dumps(value)))
+    assert not secret_in(redact(json.dumps(value)))
+    json.loads(redact(json.dumps(value)))
 
 
 def test_ordinary_text_is_no_secret() -> None:
@@ -77,13 +77,13 @@ def test_links_and_folders_do_not_leave(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     (tmp_path / "broken").symlink_to(tmp_path / "nothing")
     for name in ("link", "broken", "", "missing"):
-        with pytest.raises(UsageError, match="is a link or no regular file"):
+        with pytest.raises(UsageError, match="is a link or not a regular file"):
             package({"file": tmp_path / name})
 
 
 @pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "./x", "a//b", "a/"])
 def test_names_stay_inside(name: str) -> None:
-    with pytest.raises(ValueError, match="no name inside a package"):
+    with pytest.raises(ValueError, match="not a file name inside a package"):
         package({name: "x"})
 
 
@@ -95,7 +95,7 @@ def test_only_an_exports_own_folder_is_replaced(tmp_path: Path) -> None:
     package({"a.txt": "3"}).write(out)
     assert {path.name for path in out.iterdir()} == {"a.txt", "manifest.json"}
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="already holds other files"):
         made.write(out)
     assert (out / "mine.txt").read_text() == "mine"
     for content in ('{"name": "an extension", "version": 3}', "[1]", "x"):
@@ -103,12 +103,12 @@ def test_only_an_exports_own_folder_is_replaced(tmp_path: Path) -> None:
         other.mkdir(exist_ok=True)
         (other / "manifest.json").write_text(content)
         (other / "work.py").write_text("work")
-        with pytest.raises(UsageError, match="holds something else"):
+        with pytest.raises(UsageError, match="already holds other files"):
             made.write(other)
     (tmp_path / "link").symlink_to(out)
     (tmp_path / "file").write_text("x")
     for name in ("link", "file", "file/below"):
-        with pytest.raises((UsageError, MissingError), match=r"holds something else|cannot be made"):
+        with pytest.raises((UsageError, MissingError), match=r"already holds other files|cannot be created"):
             made.write(tmp_path / name)
 
 

@@ -25,12 +25,13 @@ from fedtune.errors import ConfigError, MissingError, UsageError
 from fedtune.evaluation.artefacts import write_artefacts
 from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.scoring import Answer
-from fedtune.export.check import check
-from fedtune.export.finished import open_run
-from fedtune.export.opened import flat_table
-from fedtune.export.published import published
-from fedtune.export.submission import export_submission, readiness, submission_package
+from fedtune.export.checkpoint import open_run
+from fedtune.export.leaderboard import readiness
+from fedtune.export.lint.check import check
+from fedtune.export.lint.folder import flat_table
+from fedtune.export.lint.published import published
 from fedtune.export.submission_config import FOUR_BIT_TYPE, NAMES, from_flat, portable, to_flat
+from fedtune.export.targets.submission import Submission, export_submission
 
 # --- the folder ---------------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ def test_the_readme_tells_what_was_computed(clean_submission: Path, real_run: Pa
     assert ours.average.value == ours.scores["tiny"].value
     used = (real_run / "comm_cost.txt").read_text().splitlines()[-1].split("used ")[1].split(" (")[0]
     assert f"{used} of the 200,000 MB" in text
-    assert "tiny is no challenge of the leaderboard" in text
+    assert "tiny is not a challenge of the leaderboard" in text
     assert "DRAFT" not in text
     changes = text.split("## Changes from the baseline")[1].split("##")[0]
     assert "| `federation.rounds` | `2` | `16` |" in changes
@@ -100,7 +101,7 @@ def test_exporting_again_gives_the_same_bytes_in_place(clean_submission: Path, r
 
 
 def test_a_folder_that_flower_would_refuse(real_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="Flower takes no folder named 'my_submission'"):
+    with pytest.raises(UsageError, match="Flower does not accept 'my_submission'"):
         export_submission(open_run(str(real_run)), tmp_path / "my_submission")
     assert not (tmp_path / "my_submission").exists()
 
@@ -119,7 +120,7 @@ def test_without_official_evaluation_it_is_refused_unless_draft(real_run: Path, 
     file.write_text(json.dumps([{**record, "mode": "fast"} for record in records]))
     finished = open_run(str(run))
     with pytest.raises(MissingError, match="no result of --mode official on all of tiny") as refused:
-        submission_package(finished)
+        Submission().package(finished)
     assert refused.value.hint.startswith(f"fedtune eval --bench tiny --mode official --peft {run / 'peft_2'} --base")
     made = export_submission(finished, tmp_path / "draft", draft=True)
     text = (tmp_path / "draft" / "README.md").read_text()
@@ -127,7 +128,7 @@ def test_without_official_evaluation_it_is_refused_unless_draft(real_run: Path, 
     assert "no result of --mode official on all of tiny" in text
     assert made.notes[0].startswith("DRAFT: peft_2 has no result")
     assert [finding.text for finding in check(tmp_path / "draft").findings] == [
-        "gives no score for tiny, which the challenge is ranked on"
+        "gives no score for tiny, by which the challenge is ranked"
     ]
 
 
@@ -137,7 +138,7 @@ def test_a_result_that_does_not_compare_does_not_count(real_run: Path, tmp_path:
     file = run / "benchmarks" / "results.json"
     file.write_text(json.dumps([{**record, **change} for record in json.loads(file.read_text())]))
     with pytest.raises(MissingError, match="no result of --mode official"):
-        submission_package(open_run(str(run)))
+        Submission().package(open_run(str(run)))
 
 
 def test_generations_that_are_not_those_of_the_result(real_run: Path, tmp_path: Path) -> None:
@@ -145,11 +146,11 @@ def test_generations_that_are_not_those_of_the_result(real_run: Path, tmp_path: 
     file = run / "benchmarks" / "generation_tiny_peft_2.jsonl"
     rows = json.loads(file.read_text())
     file.write_text(json.dumps([{**row, "output": "Z"} for row in rows]))
-    with pytest.raises(UsageError, match=r"are not what results\.json tells: 0 of 216 are right"):
-        submission_package(open_run(str(run)))
+    with pytest.raises(UsageError, match=r"do not agree with results\.json: 0 of 216 answers are right"):
+        Submission().package(open_run(str(run)))
     file.unlink()
     with pytest.raises(MissingError, match="There is no file") as refused:
-        submission_package(open_run(str(run)))
+        Submission().package(open_run(str(run)))
     assert refused.value.hint.startswith("Score again: fedtune eval")
 
 
@@ -157,17 +158,17 @@ def test_only_the_last_checkpoint_counts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     found = readiness(open_run(str(run), "peft_1"))
     assert found.missing[0] == "peft_1 is not the last checkpoint, the one that counts"
-    assert found.hint.startswith("Leave --peft out, or name peft_2")
+    assert found.hint.startswith("Omit --peft, or name peft_2")
     (run / "state" / "round-0002").rename(run / "state" / "round-0001")
     found = readiness(open_run(str(run), "peft_1"))
     assert found.missing[0] == "1 of 2 rounds are done"
-    assert found.hint == f"Go on with it: fedtune train --resume {run}"
+    assert found.hint == f"Continue the run: fedtune train --resume {run}"
 
 
 def test_a_run_of_no_challenge(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", challenge=None)
-    with pytest.raises(UsageError, match="is of no challenge"):
-        submission_package(open_run(str(run)), draft=True)
+    with pytest.raises(UsageError, match="does not belong to a challenge"):
+        Submission(draft=True).package(open_run(str(run)))
 
 
 def test_code_is_not_scored_here(tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_a_benchmark_less_is_refused(medical: Path) -> None:
     file = medical / "benchmarks" / "results.json"
     file.write_text(json.dumps([record for record in json.loads(file.read_text()) if record["bench"] != "careqa"]))
     with pytest.raises(MissingError, match="on all of careqa") as refused:
-        submission_package(open_run(str(medical)))
+        Submission().package(open_run(str(medical)))
     assert refused.value.hint.startswith("fedtune eval --bench careqa --mode official")
 
 
@@ -259,7 +260,7 @@ def test_a_linked_artefact_is_refused(real_run: Path, tmp_path: Path) -> None:
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="is a link"):
-        submission_package(open_run(str(run)))
+        Submission().package(open_run(str(run)))
 
 
 def test_where_it_ran_and_local_paths_stay(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_where_it_ran_and_local_paths_stay(tmp_path: Path) -> None:
     config["data"]["source"] = str(tmp_path / "rows.jsonl")
     config["federation"]["engine"] = "superlink"
     (run / "config.json").write_text(json.dumps(config))
-    files = submission_package(open_run(str(run)), draft=True).files
+    files = Submission(draft=True).package(open_run(str(run))).files
     for name, content in files.items():
         data = content.read_bytes() if isinstance(content, Path) else content
         assert str(tmp_path).encode() not in data, name

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.federation.screen import ARRAYS, CONFIG, METRICS
-from fedtune.federation.wire import decode, encode
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.messages import ARRAYS, CONFIG, METRICS
 
 SHAPES = {"model.lora_A.weight": (2, 3), "model.lora_B.weight": (3, 2)}
 

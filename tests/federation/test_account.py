@@ -24,13 +24,13 @@ from fedtune.errors import ClientError, MissingError
 from fedtune.federation import account as module
 from fedtune.federation import client
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
-from fedtune.federation.node import NO_STATE, NodeSettings, config_on_node
+from fedtune.federation.node.policy import NO_STATE, NodeSettings, config_on_node
+from fedtune.federation.node.run import answer
 from fedtune.federation.privacy import composed_epsilon, exceeds, gaussian_epsilon, release_mu
-from fedtune.federation.supernode import answer
 from fedtune.federation.train import train
-from fedtune.federation.wire import encode
 from fedtune.federation.workspace import NodeWorkspace
 from fedtune.models.adapter import initial_tensors
+from fedtune.protocol.arrays import encode
 from fedtune.runs.directory import RunDirectory, file_sha256
 
 PRIVACY = PrivacyConfig(mode="local", noise_multiplier=5.0, epsilon=4.0)
@@ -485,7 +485,7 @@ def test_a_killed_node_has_its_release_on_disk(own: NodeSettings) -> None:
         "sys.path[:0] = sys.argv[1:]\n"
         "from fedtune.federation import client\n"
         "from fedtune.federation.engines.in_process import identity\n"
-        "from fedtune.federation.node import NodeSettings\n"
+        "from fedtune.federation.node.policy import NodeSettings\n"
         "from test_account import Server\n"
         "client._reply = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "with identity():\n"

@@ -18,8 +18,8 @@ from fedtune.budget.plan import plan
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig, ModelConfig
 from fedtune.errors import ConfigError, FedTuneError
-from fedtune.export.finished import open_run
-from fedtune.export.merged import export_merged
+from fedtune.export.checkpoint import open_run
+from fedtune.export.targets.merged import export_merged
 from fedtune.federation.train import train
 from fedtune.federation.workspace import workspace_of
 from fedtune.models.adapter import AdapterError, attach_saved, read_adapter

@@ -26,8 +26,8 @@ from fedtune.errors import (
     UsageError,
 )
 from fedtune.federation.engines import ray as engine
-from fedtune.federation.engines.flower_home import flower_home
 from fedtune.federation.events import AdapterSaved, Event, ReplyArrived, RoundDone, RoundStarted, StepDone, listening
+from fedtune.federation.flower.home import flower_home
 from fedtune.federation.train import train
 from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import RunDirectory
@@ -136,7 +136,7 @@ def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path) -> None:
     pids, owner_code = (
         tmp_path / "pids",
         (
-            "import sys, time; from pathlib import Path; from fedtune.federation.engines.flower_home import flower_home\n"
+            "import sys, time; from pathlib import Path; from fedtune.federation.flower.home import flower_home\n"
             "with flower_home('127.0.0.1:1') as home:\n"
             "    Path(sys.argv[3]).write_text(str(home.path))\n"
             "    with home.owned(sys.executable, '-c', sys.argv[1], sys.argv[2], log=Path(sys.argv[4])): time.sleep(600)\n"

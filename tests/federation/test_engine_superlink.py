@@ -29,12 +29,11 @@ from fedtune.cli.app import app
 from fedtune.config.load import load_config
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.errors import CapError, ConfigError, FederationError, FedTuneError, MissingError, Problem, UsageError
-from fedtune.export.card import configuration_table
-from fedtune.export.finished import open_run
-from fedtune.federation.engines import mirror as mirrors
+from fedtune.export.card import card
+from fedtune.export.checkpoint import open_run
+from fedtune.federation.engines import run_sync as mirrors
 from fedtune.federation.engines import superlink, superlink_app
-from fedtune.federation.engines.connection import connection_of
-from fedtune.federation.engines.mirror import Copy, Failed, Mirror, Part, Receiver, Signed, copies_in, read_copies
+from fedtune.federation.engines.run_sync import Copy, Failed, Mirror, Part, Receiver, Signed, copies_in, read_copies
 from fedtune.federation.events import (
     AdapterSaved,
     ClientsAwaited,
@@ -46,6 +45,7 @@ from fedtune.federation.events import (
     RoundStarted,
     RunOpened,
 )
+from fedtune.federation.flower.connection import connection_of
 from fedtune.federation.server import prepared
 from fedtune.federation.train import train
 from fedtune.runs.directory import RunDirectory
@@ -508,5 +508,5 @@ def test_a_real_superlink_without_nodes(lonely_superlink: str, tmp_path: Path) -
     assert finished.is_finished
     # The challenge's data set is not what the nodes have trained on.
     assert finished.config.data.source is None
-    assert "data." not in configuration_table(finished).replace("data.reshuffle", "")
+    assert "`data." not in card(finished).replace("`data.reshuffle", "")
     assert not any(isinstance(event, DataReady) and event.table for event in events)  # nobody has told

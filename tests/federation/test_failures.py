@@ -32,7 +32,7 @@ def test_the_same_failure_in_two_rounds_ends_the_run(tmp_path: Path, rounds: tup
     first, second = rounds
     run = rounds_of(tmp_path / "run", config_of("federation.rounds=5"), failing(*rounds))
     with pytest.raises(FederationError) as caught:
-        run.go()
+        run.run_rounds()
     assert f"Client 1 failed in the same way in rounds {first} and {second}: RuntimeError" in caught.value.message
     assert f"The state after round {second - 1} is saved." in caught.value.message
     assert f"fedtune train --resume {tmp_path / 'run'}" in caught.value.hint
@@ -40,7 +40,7 @@ def test_the_same_failure_in_two_rounds_ends_the_run(tmp_path: Path, rounds: tup
     assert caught.value.exit_code == 4
     again = rounds_of(tmp_path / "run", config_of("federation.rounds=5"))
     assert again.done == second - 1
-    again.go()
+    again.run_rounds()
     assert again.done == 5
 
 
@@ -49,10 +49,12 @@ def test_a_failure_is_remembered_by_a_resumed_run(tmp_path: Path) -> None:
     config = config_of("federation.rounds=3")
     stopped = rounds_of(tmp_path / "run", config, lambda p, r, c: None if r == 2 or (p, r) == (1, 1) else c)
     with pytest.raises(FederationError, match="All 3 clients of round 2"):
-        stopped.go()
+        stopped.run_rounds()
     with pytest.raises(FederationError, match="Client 1 failed in the same way in rounds 1 and 3"):
-        rounds_of(tmp_path / "run", config, failing(3)).go()
-    rounds_of(tmp_path / "run", config, failing(3, partition=0)).go()  # of its failure in round 2 nothing was committed
+        rounds_of(tmp_path / "run", config, failing(3)).run_rounds()
+    rounds_of(
+        tmp_path / "run", config, failing(3, partition=0)
+    ).run_rounds()  # of its failure in round 2 nothing was committed
 
 
 @pytest.mark.parametrize("kind", ["nan", "broadcasting shape", "another round", "nan loss", "huge"])
@@ -61,7 +63,7 @@ def test_replies_that_are_rejected_alike_end_the_run_too(tmp_path: Path, kind: s
     with pytest.raises(
         FederationError, match="Client 1 failed in the same way in rounds 1 and 2: .*" + HOSTILE[kind][1]
     ):
-        run.go()
+        run.run_rounds()
     assert run.done == 1
 
 
@@ -75,7 +77,7 @@ def test_different_failures_do_not(tmp_path: Path) -> None:
         return nan(p, r, content) if r == 3 else content
 
     run = rounds_of(tmp_path / "run", config_of("federation.rounds=3"), tamper)
-    run.go()
+    run.run_rounds()
     assert run.done == 3
 
 
@@ -86,7 +88,7 @@ def test_min_success_allows_it_and_survives_config_and_resume(tmp_path: Path, nu
     read = FedTuneConfig.model_validate_json(config.model_dump_json(), strict=True)
     assert read.federation.min_success == number
     run = rounds_of(tmp_path / "run", read, failing(1, 2, 3))
-    run.go()
+    run.run_rounds()
     assert value(run) == pytest.approx(3 * 2.5)
 
 
@@ -95,7 +97,7 @@ def test_without_a_number_one_reply_is_enough_and_the_config_says_that_none_was_
     assert (config.federation.min_success, config.federation.required_replies) == (None, 1)
     read = FedTuneConfig.model_validate_json(config.model_dump_json(), strict=True)
     assert read.federation.min_success is None
-    rounds_of(tmp_path / "run", config_of("federation.rounds=1"), lambda p, r, c: c if p == 0 else None).go()
+    rounds_of(tmp_path / "run", config_of("federation.rounds=1"), lambda p, r, c: c if p == 0 else None).run_rounds()
     with pytest.raises(ConfigError, match=r"min_success \(4\) is above"):
         config_of("federation.min_success=4")
     assert fit(load_config(challenge="tiny").config, "clients", 1000.0).value > 1
@@ -126,7 +128,7 @@ GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCo
 def test_an_absent_client_has_not_failed(tmp_path: Path, code: int | None) -> None:
     config = config_of("federation.rounds=3")
     run = rounds_of(tmp_path / "run", config, grid=GoneGrid(code))
-    run.go()
+    run.run_rounds()
     assert value(run) == pytest.approx(3 * 2.5)
     lines = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["partition"] == 1]
     assert [(line["status"], line.get("absent")) for line in lines] == [("error", True)] * 3
@@ -140,12 +142,12 @@ def test_the_same_error_code_from_the_client_itself_is_a_failure(tmp_path: Path)
         tmp_path / "run", config_of("federation.rounds=3"), grid=GoneGrid(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
     )
     with pytest.raises(FederationError, match="Client 1 failed in the same way in rounds 1 and 2: the node is gone"):
-        run.go()
+        run.run_rounds()
 
 
 def test_a_second_reply_is_no_failure(tmp_path: Path) -> None:
     run = rounds_of(tmp_path / "run", config_of("federation.rounds=3"), grid=DoublingGrid(client_app(), 3, {}))
-    run.go()
+    run.run_rounds()
     assert value(run) == pytest.approx(3 * 14 / 6)
 
 
@@ -159,7 +161,7 @@ def test_numbers_do_not_make_failures_different() -> None:
 def test_all_clients_failing_alike_is_said_with_a_number_set_too(tmp_path: Path) -> None:
     config = config_of("federation.min_success=1", "federation.rounds=1")
     with pytest.raises(FederationError, match="All 3 clients of round 1 failed in the same way: RuntimeError"):
-        rounds_of(tmp_path / "run", config, lambda p, r, c: None).go()
+        rounds_of(tmp_path / "run", config, lambda p, r, c: None).run_rounds()
 
 
 def test_all_clients_absent_is_not_called_a_failure(tmp_path: Path) -> None:
@@ -171,13 +173,13 @@ def test_all_clients_absent_is_not_called_a_failure(tmp_path: Path) -> None:
 
     run = rounds_of(tmp_path / "run", config_of(), grid=NobodyGrid(client_app(), 3, {}))
     with pytest.raises(FederationError, match=r"Round 1 has 0 usable replies of 3.*no reply within"):
-        run.go()
+        run.run_rounds()
 
 
 def test_the_warning_names_the_file_with_the_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run").mkdir()
     run = RunDirectory(tmp_path / "run")
     run.log_file.write_text("a traceback\n")
-    rounds_of(run.path, config_of("federation.rounds=1"), failing(1)).go()
+    rounds_of(run.path, config_of("federation.rounds=1"), failing(1)).run_rounds()
     said = [record.getMessage() for record in caplog.records if record.name == "fedtune.federation.rounds"]
     assert said == [f"Round 1: client 1 failed: RuntimeError; the traceback is in {run.log_file}."]

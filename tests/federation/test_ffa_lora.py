@@ -8,13 +8,14 @@ import torch
 
 from fedtune.budget.ledger import read_ledger
 from fedtune.budget.plan import plan
-from fedtune.budget.traffic import A, B, down_shapes, up_shapes
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
-from fedtune.federation.screen import Accepted, Client
+from fedtune.config.strategies.base import A, B
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.train import train
 from fedtune.models.adapter import AdapterTensors, initial_tensors, read_adapter
+from fedtune.protocol.messages import TrainReply
 
 M = "base_model.model.q_proj"
 SMALL = ("federation.rounds=1", "federation.fraction=0.25", "training.max_steps=2", "training.batch_size=2")
@@ -25,7 +26,7 @@ def config_of(name: str = "ffa-lora", *more: str) -> FedTuneConfig:
 
 
 def reply(partition: int, examples: int, tensors: AdapterTensors) -> Accepted:
-    return Accepted(Client(partition + 2, partition, 100), tensors, {"num-examples": examples, "train-loss": 1.0})
+    return Accepted(Client(partition + 2, partition, 100), tensors, TrainReply(1, examples, 1.0))
 
 
 def test_by_hand() -> None:
@@ -61,7 +62,9 @@ def test_what_travels() -> None:
     config = config_of()
     shapes = {"q" + A: (8, 64), "q" + B: (16, 8), "q.lora_magnitude_vector": (16,), "lm_head.weight": (9, 3)}
     expected = {name: shape for name, shape in shapes.items() if name != "q" + A}
-    assert down_shapes(config, shapes, 1, 0) == up_shapes(config, shapes, 2, 5) == expected
+    assert (
+        config.strategy.down_shapes(config, shapes, 1, 0) == config.strategy.up_shapes(config, shapes, 2, 5) == expected
+    )
     medical = load_config(recipe="aloe-8b-medical", settings=["strategy.name=ffa-lora"]).config
     assert plan(medical).total_bytes < plan(load_config(recipe="aloe-8b-medical").config).total_bytes / 2
 

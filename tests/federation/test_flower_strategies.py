@@ -18,14 +18,15 @@ from safetensors.torch import load, save
 
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import FedTrimmedAvg, replies_needed
+from fedtune.config.strategies.robust import FedTrimmedAvg
 from fedtune.errors import ConfigError, FederationError
 from fedtune.federation.engines.in_process import InProcessGrid, identity
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.rounds import Rounds
-from fedtune.federation.screen import ARRAYS, METRICS, Accepted, Client
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.flower import OnFlower, server_rates
 from fedtune.models.adapter import AdapterTensors
+from fedtune.protocol.messages import ARRAYS, METRICS, TrainReply
 from fedtune.runs.directory import RunDirectory
 
 
@@ -59,7 +60,7 @@ def config_of(name: str, *more: str, clients: int = 7) -> FedTuneConfig:
 
 
 def reply(partition: int, examples: int, tensors: AdapterTensors) -> Accepted:
-    return Accepted(Client(partition + 2, partition, 100), tensors, {"num-examples": examples, "train-loss": 1.0})
+    return Accepted(Client(partition + 2, partition, 100), tensors, TrainReply(1, examples, 1.0))
 
 
 def adapter_of(value: float) -> AdapterTensors:
@@ -130,7 +131,7 @@ def test_rates_that_are_left_open_follow_the_clients() -> None:
 
 
 def average(replies: Sequence[Accepted]) -> Vector:
-    examples = np.array([float(each.metrics["num-examples"]) for each in replies])  # type: ignore[arg-type]
+    examples = np.array([float(each.report.examples) for each in replies])
     mean: Vector = examples @ np.stack([flat(each.tensors) for each in replies]) / examples.sum()
     return mean
 
@@ -333,7 +334,7 @@ def test_replies_needed_by_hand() -> None:
         ("bulyan", "strategy.malicious=2"): 11,
     }
     for (name, *more), replies in needed.items():
-        assert replies_needed(config_of(name, *more, clients=20).strategy) == replies
+        assert config_of(name, *more, clients=20).strategy.replies_needed == replies
         config_of(name, *more, clients=replies)
         if replies > 1:
             with pytest.raises(ConfigError, match=f"{name} needs {replies} clients a round, and {replies - 1} are"):
@@ -342,7 +343,7 @@ def test_replies_needed_by_hand() -> None:
 
 @given(st.floats(0.001, 0.5, exclude_max=True))
 def test_a_trimmed_mean_needs_as_many_as_make_it_cut_one(beta: float) -> None:
-    needed = replies_needed(FedTrimmedAvg(name="fedtrimmedavg", beta=beta))
+    needed = FedTrimmedAvg(name="fedtrimmedavg", beta=beta).replies_needed
     assert (int(beta * needed), int(beta * (needed - 1))) == (1, 0)
 
 
@@ -374,17 +375,17 @@ def rounds_of(folder: Path, config: FedTuneConfig, tamper: Tamper = noisy) -> Ro
 
 @pytest.mark.parametrize("name", ROBUST)
 def test_a_round_with_too_few_replies_fails_the_run_and_can_be_repeated(tmp_path: Path, name: str) -> None:
-    needed = replies_needed(config_of(name, clients=20).strategy)
+    needed = config_of(name, clients=20).strategy.replies_needed
     config = config_of(name, "federation.rounds=2", clients=needed)
     with pytest.raises(FederationError, match=f"Round 2 has {needed - 1} usable .* {name} needs {needed}") as caught:
-        rounds_of(tmp_path / "run", config, without((0, 2))).go()
+        rounds_of(tmp_path / "run", config, without((0, 2))).run_rounds()
     assert caught.value.exit_code == 4
     assert "--resume" in caught.value.hint
     again = rounds_of(tmp_path / "run", config)
     assert again.done == 1
-    again.go()
+    again.run_rounds()
     whole = rounds_of(tmp_path / "whole", config)
-    whole.go()
+    whole.run_rounds()
     assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in SMALL)
 
 
@@ -418,14 +419,14 @@ def test_the_state_is_tensors_by_name_and_a_file_may_reorder_them(name: str) -> 
 def test_a_run_that_broke_off_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     config = config_of(name, "federation.rounds=4")
     whole = rounds_of(tmp_path / "whole", config)
-    whole.go()
+    whole.run_rounds()
     with pytest.raises(FederationError, match="All 7 clients of round 3"):
-        rounds_of(tmp_path / "run", config, without(*((p, 3) for p in range(7)))).go()
+        rounds_of(tmp_path / "run", config, without(*((p, 3) for p in range(7)))).run_rounds()
     kept = tmp_path / "run" / "state" / "round-0002" / "algorithm.safetensors"
     assert kept.is_file() == (name in OPTIMISERS)
     again = rounds_of(tmp_path / "run", config)
     assert again.done == 2
-    again.go()
+    again.run_rounds()
     assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in SMALL)
     adapters = [(tmp_path / run / "peft_4" / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert adapters[0] == adapters[1]

@@ -43,13 +43,13 @@ from fedtune.config.schema import FedTuneConfig, Section
 from fedtune.errors import ClientError, MissingError, UsageError
 from fedtune.federation import client
 from fedtune.federation.client_state import ClientState
-from fedtune.federation.credentials import check_ca, check_key, check_superlink
-from fedtune.federation.node import NODE_KEY, NodeSettings, Term, config_on_node, privacy_terms
+from fedtune.federation.flower.credentials import check_ca, check_key, check_superlink
+from fedtune.federation.node.policy import NODE_KEY, NodeSettings, Term, config_on_node, privacy_terms
+from fedtune.federation.node.run import answer
 from fedtune.federation.privacy import Accountant
-from fedtune.federation.supernode import answer
-from fedtune.federation.wire import encode
 from fedtune.federation.workspace import NodeWorkspace, workspace_of_client
 from fedtune.models.adapter import initial_tensors
+from fedtune.protocol.arrays import encode
 
 PROJECT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -432,7 +432,7 @@ def test_what_is_kept_between_rounds_lies_where_the_owner_says(own: NodeSettings
 
 def test_a_node_asks_soon_while_rounds_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's loop waits 3 s whenever it is told that there was nothing; after a message it is not told so for a while."""
-    from fedtune.federation import supernode_child
+    from fedtune.federation.node import process as supernode_child
 
     monkeypatch.setattr(supernode_child, "_POLL_S", 0.001)
     found = iter([None, 7, None, None, 7, None, None, None])

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.budget.traffic import sample
 from fedtune.config.schema import FederationConfig, FedTuneConfig, PrivacyConfig
 from fedtune.errors import ClientError
 from fedtune.federation.privacy import (
@@ -18,8 +17,9 @@ from fedtune.federation.privacy import (
     gaussian_epsilon,
     new_key,
     noisy_average,
-    public_metrics,
 )
+from fedtune.protocol.messages import TrainReply
+from fedtune.protocol.sampling import sample
 
 KEY = bytes(range(16))
 FAINT = 1e-30
@@ -180,7 +180,7 @@ def test_one_client_moves_the_average_by_two_clips_at_most(
 
 
 def test_public_metrics_hold_nothing_of_the_data() -> None:
-    assert public_metrics(7) == {"server-round": 7, "num-examples": 1}
+    assert TrainReply(7, examples=1).as_values() == {"server-round": 7, "num-examples": 1}
 
 
 # from dp_accounting import GaussianDpEvent, pld, rdp          (dp-accounting 0.6.0)

@@ -19,7 +19,7 @@ QUIET = ("privacy.mode=central", "privacy.noise_multiplier=1e-9", "privacy.epsil
 def test_updates_are_clipped_and_count_the_same(tmp_path: Path) -> None:
     """Clients add 1, 2, 3 to 12 values: norms 3.46, 6.93, 10.39; clipped to sqrt(12) each adds 1, whatever its rows."""
     rounds = rounds_of(tmp_path / "run", config_of(*QUIET, f"privacy.clip={12**0.5}", "federation.rounds=1"))
-    rounds.go()
+    rounds.run_rounds()
     assert all(torch.allclose(tensor, torch.ones_like(tensor)) for tensor in rounds.tensors.values())
 
 
@@ -34,7 +34,7 @@ def test_noise_is_added_once_with_the_right_deviation(tmp_path: Path) -> None:
     zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     replies = {partition: {name: tensor + partition + 1 for name, tensor in zeros.items()} for partition in range(3)}
     expected = noisy_average(zeros, replies, config.privacy, asked=3, key=rounds.noise_key, server_round=1)
-    rounds.go()
+    rounds.run_rounds()
     for name, tensor in expected.items():
         assert torch.allclose(rounds.tensors[name], tensor, rtol=1e-5, atol=0)
         assert (tensor != 0).all()
@@ -44,7 +44,7 @@ def test_the_key_survives_and_travels_nowhere(tmp_path: Path) -> None:
     settings = ("privacy.mode=central", "privacy.epsilon=1e9", "federation.rounds=3")
     whole = rounds_of(tmp_path / "whole", config_of(*settings))
     key = whole.noise_key
-    whole.go()
+    whole.run_rounds()
     kept = tmp_path / "whole" / "state" / "round-0003" / "noise.key"
     assert kept.read_bytes() == key
     assert kept.stat().st_mode & 0o077 == 0
@@ -53,7 +53,7 @@ def test_the_key_survives_and_travels_nowhere(tmp_path: Path) -> None:
     texts = [path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file() and path != kept]
     assert not any(key in text or key.hex().encode() in text for text in texts if len(text) != 16)
     other = rounds_of(tmp_path / "other", config_of(*settings))
-    other.go()
+    other.run_rounds()
     assert any(not torch.equal(other.tensors[name], whole.tensors[name]) for name in SHAPES), (
         "the seed does not make it"
     )
@@ -68,7 +68,7 @@ def test_the_run_stops_at_the_budget_and_says_what_is_spent(tmp_path: Path) -> N
     rounds = rounds_of(tmp_path / "run", config)
     told: list[Event] = []
     with listening(told.append), pytest.raises(CapError, match=f"Round {fits + 1} would bring epsilon to") as stop:
-        rounds.go()
+        rounds.run_rounds()
     assert f"fedtune train --resume {tmp_path / 'run'}" in stop.value.hint
     spent = [event.epsilon for event in told if isinstance(event, RoundDone)]
     assert len(spent) == fits
@@ -81,7 +81,7 @@ def test_the_run_stops_at_the_budget_and_says_what_is_spent(tmp_path: Path) -> N
     )
     again = rounds_of(tmp_path / "run", larger)
     assert again.done == fits
-    again.go()
+    again.run_rounds()
 
 
 @pytest.mark.parametrize("name", ["fedmedian", "scaffold", "flora", "flexlora"])
@@ -93,6 +93,6 @@ def test_strategies_that_are_no_average_are_refused(name: str) -> None:
 def test_a_budget_that_lasts_for_no_round_is_said_at_once_with_the_noise_that_would_do(tmp_path: Path) -> None:
     config = config_of("privacy.mode=central", "privacy.noise_multiplier=0.5", "federation.rounds=3")
     with pytest.raises(CapError, match="does not last for a single round") as stop:
-        rounds_of(tmp_path / "run", config).go()
+        rounds_of(tmp_path / "run", config).run_rounds()
     needed = float(stop.value.hint.rpartition("=")[2])
-    rounds_of(tmp_path / "enough", config_of("privacy.mode=central", f"privacy.noise_multiplier={needed}")).go()
+    rounds_of(tmp_path / "enough", config_of("privacy.mode=central", f"privacy.noise_multiplier={needed}")).run_rounds()

@@ -8,16 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.budget.traffic import OFFSET, OFFSET_A, OFFSET_B, A, B, offset_shapes, up_shapes
 from fedtune.config.load import load_config
 from fedtune.config.schema import AdapterConfig, FedTuneConfig, ModelConfig
+from fedtune.config.strategies.base import A, B
+from fedtune.config.strategies.base_delta import DELTA, DELTA_A, DELTA_B, delta_shapes
 from fedtune.errors import ConfigError
+from fedtune.federation.base_delta import BaseDeltaAlgorithm, product_of, split
 from fedtune.federation.client import _filled
-from fedtune.federation.offset import OffsetAlgorithm, product_of, split
-from fedtune.federation.screen import Accepted, Client
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies import build_algorithm
 from fedtune.models.adapter import AdapterTensors, attach, attach_saved, initial_tensors, read_adapter, write_adapter
 from fedtune.models.base import load_base
+from fedtune.protocol.messages import TrainReply
 
 M = "base_model.model.q_proj"
 
@@ -33,7 +35,7 @@ def shapes_of(out: int, inner: int, rank: int) -> dict[str, tuple[int, ...]]:
 
 def reply(partition: int, examples: int, a: list[list[float]], b: list[list[float]]) -> Accepted:
     tensors = {M + A: torch.tensor(a), M + B: torch.tensor(b)}
-    return Accepted(Client(partition + 2, partition, 100), tensors, {"num-examples": examples, "train-loss": 1.0})
+    return Accepted(Client(partition + 2, partition, 100), tensors, TrainReply(1, examples, 1.0))
 
 
 def random_replies(seed: int, out: int, inner: int, ranks: list[int]) -> list[Accepted]:
@@ -46,7 +48,7 @@ def random_replies(seed: int, out: int, inner: int, ranks: list[int]) -> list[Ac
 
 def average_product(replies: list[Accepted]) -> torch.Tensor:
     """The papers' exact average, sum n_i / n · B_i · A_i, in float64."""
-    examples = [float(each.metrics["num-examples"]) for each in replies]  # type: ignore[arg-type]
+    examples = [float(each.report.examples) for each in replies]
     return sum(  # type: ignore[return-value]
         n / sum(examples) * each.tensors[M + B].double() @ each.tensors[M + A].double()
         for n, each in zip(examples, replies, strict=True)
@@ -76,8 +78,8 @@ def test_flexlora_by_hand() -> None:
 def test_flora_by_hand() -> None:
     algorithm = build_algorithm(config_of("flora", alpha=2), shapes_of(1, 1, 1))
     after = algorithm.aggregate(1, start(1, 1, 1), EXAMPLE)
-    assert isinstance(algorithm, OffsetAlgorithm)
-    assert algorithm.offset[M + OFFSET].item() == 2 * 7  # alpha / rank
+    assert isinstance(algorithm, BaseDeltaAlgorithm)
+    assert algorithm.delta[M + DELTA].item() == 2 * 7  # alpha / rank
     assert after[M + B].item() == 0, "a fresh adapter"
     assert after[M + A].item() != start(1, 1, 1)[M + A].item()
     assert algorithm.rank == 2
@@ -86,9 +88,9 @@ def test_flora_by_hand() -> None:
 def test_fedex_by_hand() -> None:
     algorithm = build_algorithm(config_of("fedex-lora"), shapes_of(1, 1, 1))
     after = algorithm.aggregate(1, start(1, 1, 1), EXAMPLE)
-    assert isinstance(algorithm, OffsetAlgorithm)
+    assert isinstance(algorithm, BaseDeltaAlgorithm)
     assert (after[M + A].item(), after[M + B].item()) == (2, 3)
-    assert algorithm.offset[M + OFFSET].item() == 1
+    assert algorithm.delta[M + DELTA].item() == 1
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex-lora"])
@@ -98,7 +100,7 @@ def test_exact_over_rounds(name: str, seed: int, rounds: int, out: int, inner: i
     """After every round, base plus adapter has moved by exactly the average of the clients' products."""
     config = config_of(name, rank=2, alpha=6)
     algorithm = build_algorithm(config, shapes_of(out, inner, 2))
-    assert isinstance(algorithm, OffsetAlgorithm)
+    assert isinstance(algorithm, BaseDeltaAlgorithm)
     adapter, moved = start(2, out, inner), torch.zeros(out, inner, dtype=torch.float64)
     for number in range(1, rounds + 1):
         replies = random_replies(seed + number, out, inner, [2, 2, 2])
@@ -106,8 +108,8 @@ def test_exact_over_rounds(name: str, seed: int, rounds: int, out: int, inner: i
         adapter = algorithm.aggregate(number, adapter, replies)
         moved = before + config.adapter.scale * average_product(replies)
         assert torch.allclose(total(algorithm, adapter), moved, atol=1e-4, rtol=1e-4)
-        found = {key: tuple(tensor.shape) for key, tensor in algorithm.offset.items()}
-        assert found == offset_shapes(shapes_of(out, inner, 2), algorithm.rank)
+        found = {key: tuple(tensor.shape) for key, tensor in algorithm.delta.items()}
+        assert found == delta_shapes(shapes_of(out, inner, 2), algorithm.rank)
         published, kept_settings = algorithm.published(adapter)
         assert kept_settings.scale == 1
         assert tuple(published[M + A].shape) == (kept_settings.rank, inner)
@@ -116,8 +118,8 @@ def test_exact_over_rounds(name: str, seed: int, rounds: int, out: int, inner: i
         assert torch.allclose(product, moved, atol=1e-4, rtol=1e-4)
 
 
-def total(algorithm: OffsetAlgorithm, adapter: AdapterTensors) -> torch.Tensor:
-    held = product_of(algorithm.offset, M)
+def total(algorithm: BaseDeltaAlgorithm, adapter: AdapterTensors) -> torch.Tensor:
+    held = product_of(algorithm.delta, M)
     assert held is not None
     found = held[0].double() @ held[1].double()
     if adapter:
@@ -153,7 +155,7 @@ def test_flexlora_sends_each_client_its_rank() -> None:
     assert [tuple(each.tensors[M + A].shape) for each in outgoing] == [(1, 5), (3, 5), (1, 5), (3, 5)]
     assert outgoing[0].tensors is outgoing[2].tensors
     assert torch.equal(outgoing[0].tensors[M + A], adapter[M + A][:1])
-    assert up_shapes(config, shapes_of(4, 5, 3), 1, 2) == shapes_of(4, 5, 1)
+    assert config.strategy.up_shapes(config, shapes_of(4, 5, 3), 1, 2) == shapes_of(4, 5, 1)
     with pytest.raises(ConfigError, match=r"strategy\.ranks goes above adapter\.rank"):
         config_of("flexlora", "strategy.ranks=[4]", rank=3)
 
@@ -171,7 +173,7 @@ def test_the_state_survives(name: str) -> None:
     shapes = shapes_of(40, 40, 2)
     one, other = (build_algorithm(config_of(name, rank=2), shapes) for _ in range(2))
     adapter = one.aggregate(1, start(2, 40, 40), random_replies(1, 40, 40, [2, 2]))
-    assert set(one.state()) == {M + OFFSET_A, M + OFFSET_B, "offset_rank"}
+    assert set(one.state()) == {M + DELTA_A, M + DELTA_B, "offset_rank"}
     other.restore(one.state())
     for algorithm in (one, other):
         algorithm.aggregate(2, dict(adapter), random_replies(2, 40, 40, [2, 2]))
@@ -187,7 +189,7 @@ def test_the_model_computes_with_the_offset_as_with_the_published_adapter(tmp_pa
     adapted = attach(base, settings_)
     config = config_of("fedex-lora", "adapter.targets=all-linear", rank=4, alpha=8)
     algorithm = build_algorithm(config, adapted.shapes)
-    assert isinstance(algorithm, OffsetAlgorithm)
+    assert isinstance(algorithm, BaseDeltaAlgorithm)
     draw = torch.Generator().manual_seed(0)
     adapter = {k: t + 0.05 * torch.randn(t.shape, generator=draw) for k, t in initial_tensors(adapted, 1).items()}
     factors = {}
@@ -195,14 +197,14 @@ def test_the_model_computes_with_the_offset_as_with_the_published_adapter(tmp_pa
         out, inner = adapted.shapes[module + B][0], adapted.shapes[module + A][1]
         factors[module] = tuple(0.05 * torch.randn(shape, generator=draw) for shape in ((out, rank), (rank, inner)))
     algorithm.add(factors)  # type: ignore[arg-type]
-    assert any(OFFSET_A in name for name in algorithm.offset) == (rank == 2)
+    assert any(DELTA_A in name for name in algorithm.delta) == (rank == 2)
     adapted.load(adapter)
     ids = torch.arange(2, 26).reshape(2, 12)
     with torch.no_grad():
         bare = adapted.model(ids).logits
-        adapted.set_offset(algorithm.offset)
+        adapted.set_base_delta(algorithm.delta)
         expected = adapted.model(ids).logits
-        adapted.set_offset({})
+        adapted.set_base_delta({})
         assert torch.equal(adapted.model(ids).logits, bare)
     assert (expected - bare).abs().max() > 1e-2
     tensors, found = algorithm.published(adapter)
@@ -237,5 +239,5 @@ def test_dora_is_refused(name: str) -> None:
 
 
 def test_offset_names_are_told_apart() -> None:
-    assert OFFSET_A.startswith(OFFSET)
-    assert OFFSET_B.startswith(OFFSET)
+    assert DELTA_A.startswith(DELTA)
+    assert DELTA_B.startswith(DELTA)

@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedtune.budget.count import wire_bytes
 from fedtune.budget.plan import plan
-from fedtune.budget.traffic import A, B, down_shapes, up_shapes
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
-from fedtune.federation.screen import Accepted, Client
+from fedtune.config.strategies.base import A, B
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.train import train
 from fedtune.models.adapter import AdapterTensors, initial_tensors, read_adapter
+from fedtune.protocol.messages import TrainReply
+from fedtune.protocol.wire_format import wire_bytes
 
 M = "base_model.model.q_proj"
 SHAPES = {M + A: (2, 5), M + B: (4, 2)}
@@ -24,7 +25,7 @@ def config_of(name: str = "rolora", *more: str) -> FedTuneConfig:
 
 
 def reply(partition: int, examples: int, tensors: AdapterTensors) -> Accepted:
-    return Accepted(Client(partition + 2, partition, 100), tensors, {"num-examples": examples, "train-loss": 1.0})
+    return Accepted(Client(partition + 2, partition, 100), tensors, TrainReply(1, examples, 1.0))
 
 
 def test_by_hand() -> None:
@@ -62,8 +63,10 @@ def test_what_travels() -> None:
     config = config_of("rolora", "federation.rounds=3", "federation.clients=2", "federation.fraction=1.0")
     shapes = {**SHAPES, "lm_head.weight": (9, 3)}
     for server_round, missing in ((1, M + A), (2, M + B), (3, M + A)):
-        assert down_shapes(config, shapes, server_round, 0) == shapes
-        assert up_shapes(config, shapes, server_round, 1) == {k: v for k, v in shapes.items() if k != missing}
+        assert config.strategy.down_shapes(config, shapes, server_round, 0) == shapes
+        assert config.strategy.up_shapes(config, shapes, server_round, 1) == {
+            k: v for k, v in shapes.items() if k != missing
+        }
     of_a, of_b = (wire_bytes({name: SHAPES[name]}, "float32") for name in (M + A, M + B))
     planned = plan(config, SHAPES)
     assert planned.down_bytes == 2 * 3 * (of_a + of_b)

@@ -11,16 +11,17 @@ from arithmetic import SHAPES, Tamper, client_app
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.budget.count import adapter_bytes
 from fedtune.budget.ledger import read_ledger
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import CapError, FederationError
 from fedtune.federation.engines.in_process import InProcessGrid
 from fedtune.federation.events import Event, ReplyArrived, listening
+from fedtune.federation.reply_validator import Client
 from fedtune.federation.rounds import Rounds, sample_clients
-from fedtune.federation.screen import ARRAYS, METRICS, Client
 from fedtune.federation.strategies.flower import NodesOfRound
+from fedtune.protocol.messages import ARRAYS, METRICS
+from fedtune.protocol.wire_format import adapter_bytes
 from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import RunDirectory
 
@@ -54,7 +55,7 @@ def test_two_rounds_by_hand(tmp_path: Path) -> None:
     """Clients with 1, 2, 3 examples add 1, 2, 3: each round adds (1·1 + 2·2 + 3·3) / 6 = 14/6."""
     config = config_of()
     rounds = rounds_of(tmp_path / "run", config)
-    rounds.go()
+    rounds.run_rounds()
     assert value(rounds) == pytest.approx(2 * 14 / 6)
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [(line["round"], line["partition"]) for line in lines] == [(r, p) for r in (1, 2) for p in (0, 1, 2)]
@@ -74,7 +75,7 @@ def test_two_rounds_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_narrow_wire_halves_the_bytes_and_averages_in_float32(tmp_path: Path, dtype: str) -> None:
     rounds = rounds_of(tmp_path / "run", config_of(f"communication.wire_dtype={dtype}"))
-    rounds.go()
+    rounds.run_rounds()
     # Round 1 adds 14/6 exactly in float32; only what travels in round 2 is rounded.
     narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     sent = float(torch.tensor(14 / 6).to(narrow).to(torch.float32))
@@ -89,8 +90,8 @@ def test_joined_arrays_give_the_same_bits(tmp_path: Path) -> None:
     plain, joined = (
         rounds_of(tmp_path / engine, config_of(f"federation.engine={engine}")) for engine in ("ray", "superlink")
     )
-    plain.go()
-    joined.go()
+    plain.run_rounds()
+    joined.run_rounds()
     assert all(torch.equal(joined.tensors[name], plain.tensors[name]) for name in SHAPES)
     entry = read_ledger(tmp_path / "superlink" / "ledger.jsonl")[-1]
     assert entry.bytes == len("packed") + 128 + 4 * 12
@@ -155,7 +156,7 @@ def test_a_hostile_reply_costs_its_client_and_not_the_run(tmp_path: Path, kind: 
     events: list[Event] = []
     rounds = rounds_of(tmp_path / "run", config_of("federation.rounds=1"), tamper)
     with listening(events.append):
-        rounds.go()
+        rounds.run_rounds()
     (refused,) = [event for event in events if isinstance(event, ReplyArrived) and event.status != "ok"]
     assert refused.partition == 1
     assert words in refused.reason
@@ -180,7 +181,7 @@ class DoublingGrid(InProcessGrid):
 def test_doubled_replies_count_once(tmp_path: Path) -> None:
     config = config_of("federation.rounds=1")
     rounds = rounds_of(tmp_path / "run", config, grid=DoublingGrid(client_app(), 3, {}))
-    rounds.go()
+    rounds.run_rounds()
     assert value(rounds) == pytest.approx(14 / 6)
     assert sum(e.status == "refused" for e in read_ledger(tmp_path / "run" / "ledger.jsonl")) == 3
 
@@ -198,7 +199,7 @@ class StrangeGrid(InProcessGrid):
 def test_a_reply_of_a_node_that_was_not_asked_is_rejected(tmp_path: Path) -> None:
     """Without client 2 the average of a round is (1·1 + 2·2) / 3; the stranger has no partition, and is no client's failure."""
     rounds = rounds_of(tmp_path / "run", config_of(), grid=StrangeGrid(client_app(), 3, {}))
-    rounds.go()
+    rounds.run_rounds()
     assert value(rounds) == pytest.approx(2 * 5 / 3)
     lines = [line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if line["status"] != "ok"]
     assert [(line["partition"], line["reason"]) for line in lines] == [
@@ -221,8 +222,8 @@ def test_arrival_order_does_not_move_a_bit(tmp_path: Path) -> None:
 
     one = rounds_of(tmp_path / "one", config_of(), grid=InProcessGrid(client_app(jitter), 3, {}))
     two = rounds_of(tmp_path / "two", config_of(), grid=BackwardsGrid(client_app(jitter), 3, {}))
-    one.go()
-    two.go()
+    one.run_rounds()
+    two.run_rounds()
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in SHAPES)
 
 
@@ -237,7 +238,7 @@ class SilentGrid(InProcessGrid):
 
 def test_a_silent_client_is_counted_as_failed(tmp_path: Path) -> None:
     rounds = rounds_of(tmp_path / "run", config_of("federation.rounds=1"), grid=SilentGrid(client_app(), 3, {}))
-    rounds.go()
+    rounds.run_rounds()
     assert value(rounds) == pytest.approx(2.5)
     assert "no reply within" in read_json_lines(tmp_path / "run" / "metrics.jsonl")[-1]["reason"]
 
@@ -249,12 +250,12 @@ def test_a_round_with_too_few_replies_fails_the_run_and_keeps_its_state(tmp_path
     with pytest.raises(
         FederationError, match="All 3 clients of round 2 failed in the same way: RuntimeError"
     ) as caught:
-        rounds.go()
+        rounds.run_rounds()
     assert caught.value.exit_code == 4
     assert "--resume" in caught.value.hint
     again = rounds_of(tmp_path / "run", config)
     assert again.done == 1
-    again.go()
+    again.run_rounds()
     assert value(again) == pytest.approx(2 * 14 / 6)
     lost = [entry for entry in read_ledger(tmp_path / "run" / "ledger.jsonl") if entry.status == "lost"]
     assert len(lost) == 6  # three messages down, three error replies
@@ -264,7 +265,7 @@ def test_a_round_with_too_few_replies_fails_the_run_and_keeps_its_state(tmp_path
 def test_min_success(tmp_path: Path) -> None:
     config = config_of("federation.min_success=3", "federation.rounds=1")
     with pytest.raises(FederationError, match="2 usable replies of 3"):
-        rounds_of(tmp_path / "run", config, HOSTILE["nan"][0]).go()
+        rounds_of(tmp_path / "run", config, HOSTILE["nan"][0]).run_rounds()
 
 
 def test_the_run_stops_before_the_cap_and_goes_on_when_it_is_raised(tmp_path: Path) -> None:
@@ -272,12 +273,12 @@ def test_the_run_stops_before_the_cap_and_goes_on_when_it_is_raised(tmp_path: Pa
     config = config_of(f"communication.cap_mib={1.5 * a_round}")
     rounds = rounds_of(tmp_path / "run", config)
     with pytest.raises(CapError, match="after round 1 of 2") as caught:
-        rounds.go()
+        rounds.run_rounds()
     assert caught.value.exit_code == 5
     assert sum(e.bytes for e in read_ledger(tmp_path / "run" / "ledger.jsonl")) == 6 * adapter_bytes(SHAPES)
     assert (tmp_path / "run" / "peft_1" / "adapter_model.safetensors").is_file()
     more = rounds_of(tmp_path / "run", config_of(f"communication.cap_mib={2 * a_round}"))
-    more.go()
+    more.run_rounds()
     assert value(more) == pytest.approx(2 * 14 / 6)
 
 
@@ -285,15 +286,15 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
     """A flipped bit is found by its sha256: the round before is taken, and the same bytes come out."""
     config = config_of("federation.rounds=3")
     whole = rounds_of(tmp_path / "whole", config)
-    whole.go()
-    rounds_of(tmp_path / "run", config_of("federation.rounds=3")).go()
+    whole.run_rounds()
+    rounds_of(tmp_path / "run", config_of("federation.rounds=3")).run_rounds()
     last = tmp_path / "run" / "state" / "round-0003" / "adapter.safetensors"
     data = bytearray(last.read_bytes())
     data[-1] ^= 1
     last.write_bytes(data)
     again = rounds_of(tmp_path / "run", config)
     assert again.done == 2
-    again.go()
+    again.run_rounds()
     assert all(torch.equal(again.tensors[name], whole.tensors[name]) for name in SHAPES)
 
 
@@ -306,7 +307,7 @@ def test_a_strategy_cannot_send_past_the_ledger() -> None:
 
 
 def test_state_is_json_and_safetensors_only(tmp_path: Path) -> None:
-    rounds_of(tmp_path / "run", config_of()).go()
+    rounds_of(tmp_path / "run", config_of()).run_rounds()
     state = tmp_path / "run" / "state" / "round-0002"
     assert {path.name for path in state.iterdir()} == {"adapter.safetensors", "progress.json", "manifest.json"}
     assert json.loads((state / "progress.json").read_text())["round"] == 2

@@ -17,7 +17,7 @@ from fedtune.config.load import load_config
 from fedtune.config.schema import BUILTIN_TINY, FedTuneConfig, ModelConfig
 from fedtune.errors import ClientError, UsageError
 from fedtune.federation.events import Event, StepDone
-from fedtune.federation.node import NodeSettings, config_on_node
+from fedtune.federation.node.policy import NodeSettings, config_on_node
 from fedtune.federation.row_check import RowsError
 from fedtune.federation.train import train
 from fedtune.federation.workspace import NodeWorkspace

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedtune.budget.traffic import CONTROL, down_shapes, up_shapes
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
-from fedtune.federation.screen import Accepted, Client
+from fedtune.config.strategies.scaffold import CONTROL
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies import build_algorithm
-from fedtune.federation.strategies.scaffold import Control, Scaffold
+from fedtune.federation.strategies.scaffold import Control, Scaffold, client_part
 from fedtune.federation.train import train
 from fedtune.models.adapter import AdapterTensors
+from fedtune.protocol.messages import TrainReply
 
 SHAPES = {"m.q.lora_B.weight": (1, 2), "m.k.lora_A.weight": (2, 1)}
 """Not in alphabetical order."""
@@ -35,7 +36,7 @@ def algorithm_of(*more: str) -> Scaffold:
 
 
 def reply(partition: int, tensors: AdapterTensors, examples: int = 1) -> Accepted:
-    return Accepted(Client(partition + 2, partition, 100), tensors, {"num-examples": examples, "train-loss": 1.0})
+    return Accepted(Client(partition + 2, partition, 100), tensors, TrainReply(1, examples, 1.0))
 
 
 def filled(value: float, prefix: str = "") -> AdapterTensors:
@@ -106,7 +107,7 @@ class Quadratics:
             replies = []
             for sent in algorithm.outgoing(server_round, adapter, asked):
                 client = sent.client.partition
-                control = Control.of(dict(sent.tensors), kept[client])
+                control = client_part(dict(sent.tensors), kept[client])
                 parameters = {name: torch.nn.Parameter(sent.tensors[name].clone()) for name in SHAPES}
                 optimizer = torch.optim.SGD(parameters.values(), lr=self.rate)
                 for _ in range(self.steps):
@@ -154,7 +155,11 @@ def test_the_control_variate_is_sent_in_the_order_that_is_agreed_on() -> None:
     algorithm, config = algorithm_of(), config_of()
     algorithm.restore(dict(sorted(control.items())))
     (sent,) = algorithm.outgoing(3, dict(sorted(filled(1.0).items())), [Client(2, 0, 10)])
-    assert list(sent.tensors) == list(down_shapes(config, SHAPES, 3, 0)) == list(up_shapes(config, SHAPES, 3, 0))
+    assert (
+        list(sent.tensors)
+        == list(config.strategy.down_shapes(config, SHAPES, 3, 0))
+        == list(config.strategy.up_shapes(config, SHAPES, 3, 0))
+    )
     assert all(torch.equal(sent.tensors[CONTROL + name], control[name]) for name in SHAPES)
     assert set(algorithm.reference(3, sent.tensors)) == set(SHAPES), "changes of control variates come whole"
 

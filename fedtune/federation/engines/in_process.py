@@ -13,14 +13,12 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
-from fedtune.federation.node import ERRORS_PASS, error_text
+from fedtune.federation.flower.compat import ErrorCode, Run, TaskIdentity
+from fedtune.federation.node.policy import ERRORS_PASS, error_text
 from fedtune.runs.atomic import DISK_ERRORS, os_error_in
 from fedtune.runs.directory import RunDirectory
 from fedtune.runs.log import reroute_libraries

@@ -23,7 +23,7 @@ from fedtune import errors
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.errors import ConfigError, FederationError, FedTuneError, MissingError, Problem, UsageError
 from fedtune.federation import events
-from fedtune.federation.engines.flower_home import CONNECTION, flower_home, free_port
+from fedtune.federation.flower.home import CONNECTION, flower_home, free_port
 from fedtune.runs.directory import RunDirectory
 from fedtune.runs.log import Logged
 

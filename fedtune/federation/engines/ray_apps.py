@@ -27,7 +27,7 @@ from fedtune.federation import client, server
 from fedtune.federation.engines import ray_pool  # noqa: F401  # puts its pool in the place of Flower's
 from fedtune.federation.engines.ray import ACTORS, EVENTS, HOME, OUTCOME, SERVER, patience_s
 from fedtune.federation.events import Event, listening
-from fedtune.federation.node import ERRORS_PASS, error_text
+from fedtune.federation.node.policy import ERRORS_PASS, error_text
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RunDirectory

@@ -18,28 +18,26 @@ from uuid import uuid4
 
 import httpx
 import tomli_w
-from flwr.cli.build import build_fab_from_files
-from flwr.common.constant import Status, SubStatus
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import (
-    ListNodesRequest,
-    ListRunsRequest,
-    StartRunRequest,
-    StopRunRequest,
-    StreamLogsRequest,
-    StreamRunEventsRequest,
-)
-from flwr.proto.run_pb2 import RunStatus
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.fab import Fab
 
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.data.partition import PartitionSummary
 from fedtune.errors import FederationError, FedTuneError
-from fedtune.federation.engines.connection import connected
-from fedtune.federation.engines.mirror import Failed, Receiver, Signed, copies_in
+from fedtune.federation.engines.run_sync import Failed, Receiver, Signed, copies_in
 from fedtune.federation.events import ClientsMet, DataReady, RoundDone, RunOpened, tell
+from fedtune.federation.flower.compat import (
+    ApiErrorCode,
+    ControlHttpClient,
+    Fab,
+    FlowerError,
+    Status,
+    SubStatus,
+    build_fab_from_files,
+    control_pb2,
+    fab_to_proto,
+    run_pb2,
+    user_config_to_proto,
+)
+from fedtune.federation.flower.connection import connected
 from fedtune.runs.atomic import write_json
 from fedtune.runs.directory import RunDirectory
 from fedtune.runs.log import Logged
@@ -78,7 +76,7 @@ def check(config: FederationConfig) -> int:
         MissingError: it cannot be reached, or refuses to talk.
     """
     with connected(config) as client:
-        return sum(node.status == "online" for node in client.ListNodes(ListNodesRequest()).nodes_info)
+        return sum(node.status == "online" for node in client.ListNodes(control_pb2.ListNodesRequest()).nodes_info)
 
 
 def without_data_set(config: FedTuneConfig) -> FedTuneConfig:
@@ -162,7 +160,7 @@ class _Following:
             "fedtune-have": copies_in(self.run),
             "run-name": self.submitted.name,
         }
-        request = StartRunRequest(
+        request = control_pb2.StartRunRequest(
             fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
             override_config=user_config_to_proto(dict(overrides)),
         )
@@ -177,7 +175,7 @@ class _Following:
         """
         lost = None
         while True:
-            request = StreamRunEventsRequest(run_id=self.submitted.run_id, after_task_event_id=self.seen)
+            request = control_pb2.StreamRunEventsRequest(run_id=self.submitted.run_id, after_task_event_id=self.seen)
             try:
                 self._status()  # is it there?
                 lost = None
@@ -201,7 +199,7 @@ class _Following:
     def stop(self) -> None:
         """Stop the run on the SuperLink; what is committed stays there and here."""
         with contextlib.suppress(httpx.HTTPError):
-            self.client.StopRun(StopRunRequest(run_id=self.submitted.run_id))
+            self.client.StopRun(control_pb2.StopRunRequest(run_id=self.submitted.run_id))
 
     def _take(self, number: int, text: str) -> None:
         event = self.receiver.take(text)
@@ -231,7 +229,7 @@ class _Following:
                 self._remember(rounds=event.round, event=number)
         tell(event)
 
-    def _judge(self, status: RunStatus) -> None:
+    def _judge(self, status: run_pb2.RunStatus) -> None:
         """Return if the run has come to its end, raise what it failed with otherwise."""
         if self.failed is not None:
             raise self.failed.as_error(self.run.path)
@@ -242,7 +240,7 @@ class _Following:
             return
         log = self.run.path / "superlink.log"
         with contextlib.suppress(httpx.HTTPError):
-            parts = self.client.StreamLogs(StreamLogsRequest(run_id=self.submitted.run_id))
+            parts = self.client.StreamLogs(control_pb2.StreamLogsRequest(run_id=self.submitted.run_id))
             log.write_text("".join(part.log_output for part in parts), encoding="utf-8")
         details = " ".join(status.details.split())[:300].rstrip(".") or "no reason given"
         raise FederationError(
@@ -261,10 +259,12 @@ class _Following:
         tell(DataReady(table, 0, sum(self.submitted.rows)))
         self.told_data = True
 
-    def _status(self) -> RunStatus:
+    def _status(self) -> run_pb2.RunStatus:
         run_id = self.submitted.run_id
         with _forgetting():
-            status: RunStatus = self.client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+            status: run_pb2.RunStatus = (
+                self.client.ListRuns(control_pb2.ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+            )
         return status
 
     def _remember(self, **changes: object) -> None:

@@ -17,15 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Context, Message
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.runtime_pb2 import PushTaskEventsRequest
-from flwr.proto.task_pb2 import TaskEvent
 from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid import HttpGrid
 
 from fedtune.errors import FedTuneError, UsageError
-from fedtune.federation.engines.mirror import Mirror, read_copies
+from fedtune.federation.engines.run_sync import Mirror, read_copies
 from fedtune.federation.events import RunOpened, listening, tell
+from fedtune.federation.flower.compat import SUPERLINK_NODE_ID, HttpGrid, runtime_pb2, task_pb2
 from fedtune.federation.server import prepared
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
@@ -65,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
             try:
                 rounds = prepared(PromptGrid(grid), config_json, run)
                 mirror.sync()
-                rounds.go()
+                rounds.run_rounds()
             except Exception:
                 log.debug("The server ended with an error.", exc_info=True)
                 raise
@@ -96,7 +93,9 @@ class _Sender:
         self._grid = grid
 
     def __call__(self, text: str) -> None:
-        self._grid._runtime_client.PushTaskEvents(PushTaskEventsRequest(events=[TaskEvent(event="fedtune", data=text)]))
+        self._grid._runtime_client.PushTaskEvents(
+            runtime_pb2.PushTaskEventsRequest(events=[task_pb2.TaskEvent(event="fedtune", data=text)])
+        )
 
 
 class PromptGrid(Grid):

@@ -1,6 +1,6 @@
 """What an algorithm is on the server: who is sent what, how replies become the next adapter, what must survive a crash.
 
-The algorithm of this file itself is FedAvg on whatever part of the adapter travels (`budget/traffic.py` says which): the part
+The algorithm of this file itself is FedAvg on whatever part of the adapter travels (`config/strategies/` says which): the part
 that clients train is averaged, the rest stays. Algorithms override what they do differently.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from fedtune.budget.count import Shapes
-from fedtune.budget.traffic import down_shapes, up_shapes
 from fedtune.config.schema import AdapterConfig, FedTuneConfig
-from fedtune.federation.screen import Accepted, Client
+from fedtune.config.strategies.base import Shapes
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.models.adapter import AdapterTensors
 
 
@@ -25,8 +25,21 @@ class Outgoing:
     client: Client
     tensors: AdapterTensors
     """Names and shapes as `down_shapes` says; clients that are sent the same share one object."""
-    orders: Mapping[str, int | float] = field(default_factory=dict)
-    """Settings beside the round and its learning rate."""
+    values: Mapping[str, int | float] = field(default_factory=dict)
+    """The strategy's values for the client, beside the round and its learning rate."""
+
+
+class ClientPart(Protocol):
+    """What a strategy adds to training on a client in one round."""
+
+    def __call__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Change the gradients of a step."""
+
+    def changes(self) -> AdapterTensors:
+        """Return the tensors that travel beside the adapter."""
+
+    def kept(self) -> AdapterTensors:
+        """Return what the client keeps for its next round."""
 
 
 class Algorithm:
@@ -39,7 +52,7 @@ class Algorithm:
 
     def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:
         """Return what each of the round's clients is sent."""
-        wanted = down_shapes(self.config, self.shapes, server_round, clients[0].partition)
+        wanted = self.config.strategy.down_shapes(self.config, self.shapes, server_round, clients[0].partition)
         tensors = {name: adapter[name] for name in wanted}
         return [Outgoing(client, tensors) for client in clients]
 
@@ -54,7 +67,7 @@ class Algorithm:
 
     def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
         """Return the next adapter from the accepted replies, which are in partition order."""
-        names = up_shapes(self.config, self.shapes, server_round, replies[0].client.partition)
+        names = self.config.strategy.up_shapes(self.config, self.shapes, server_round, replies[0].client.partition)
         return {**adapter, **weighted_mean([reply.tensors for reply in replies], weights_of(replies), names)}
 
     def state(self) -> AdapterTensors:
@@ -71,7 +84,7 @@ class Algorithm:
 
 def weights_of(replies: Sequence[Accepted]) -> list[float]:
     """Return each reply's share of the round's examples; they sum to 1."""
-    examples = [float(reply.metrics["num-examples"]) for reply in replies]  # type: ignore[arg-type]
+    examples = [float(reply.report.examples) for reply in replies]
     return [count / sum(examples) for count in examples]
 
 

@@ -14,12 +14,12 @@ import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp.strategy import Bulyan
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import Bulyan as Options
-from fedtune.federation.screen import ARRAYS
+from fedtune.config.strategies.base import Shapes
+from fedtune.config.strategies.robust import Bulyan as Options
 from fedtune.federation.strategies.base import Algorithm
 from fedtune.federation.strategies.flower import EVERYONE, OnComparison
+from fedtune.protocol.messages import ARRAYS
 
 
 def one_by_one(contents: list[RecordDict], malicious: int, wanted: int) -> list[RecordDict]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from flwr.serverapp.strategy import FedAdam
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import FedAdam as Options
-from fedtune.federation.screen import Accepted
+from fedtune.config.strategies.averages import FedAdam as Options
+from fedtune.config.strategies.base import Shapes
+from fedtune.federation.reply_validator import Accepted
 from fedtune.federation.strategies.base import Algorithm
 from fedtune.federation.strategies.flower import EVERYONE, OnMoments, server_rates
 from fedtune.models.adapter import AdapterTensors

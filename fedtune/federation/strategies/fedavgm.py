@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from flwr.serverapp.strategy import FedAvgM
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import FedAvgM as Options
-from fedtune.federation.screen import Accepted
+from fedtune.config.strategies.averages import FedAvgM as Options
+from fedtune.config.strategies.base import Shapes
+from fedtune.federation.reply_validator import Accepted
 from fedtune.federation.strategies.base import Algorithm
 from fedtune.federation.strategies.flower import EVERYONE, OnFlower
 from fedtune.models.adapter import AdapterTensors

@@ -11,16 +11,15 @@ from collections.abc import Sequence
 
 import torch
 
-from fedtune.budget.count import Shapes
-from fedtune.budget.traffic import A, B, modules
 from fedtune.config.schema import FedTuneConfig
-from fedtune.federation.offset import OffsetAlgorithm
-from fedtune.federation.screen import Accepted
+from fedtune.config.strategies.base import A, B, Shapes, modules
+from fedtune.federation.base_delta import BaseDeltaAlgorithm
+from fedtune.federation.reply_validator import Accepted
 from fedtune.federation.strategies.base import Algorithm, weighted_mean, weights_of
 from fedtune.models.adapter import AdapterTensors
 
 
-class FedExLoRA(OffsetAlgorithm):
+class FedExLoRA(BaseDeltaAlgorithm):
     """FedAvg with its residual on the base."""
 
     def aggregate(

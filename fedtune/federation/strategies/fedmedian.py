@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedMedian
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
+from fedtune.config.strategies.base import Shapes
 from fedtune.federation.strategies.base import Algorithm
 from fedtune.federation.strategies.flower import EVERYONE, OnFlower
 

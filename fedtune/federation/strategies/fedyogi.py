@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedYogi
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import FedYogi as Options
+from fedtune.config.strategies.averages import FedYogi as Options
+from fedtune.config.strategies.base import Shapes
 from fedtune.federation.strategies.base import Algorithm
 from fedtune.federation.strategies.flower import EVERYONE, OnMoments, server_rates
 

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fedtune.budget.count import Shapes
-from fedtune.budget.traffic import A, B, down_shapes, modules, rank_of
 from fedtune.config.schema import FedTuneConfig
-from fedtune.federation.offset import split
-from fedtune.federation.screen import Accepted, Client
+from fedtune.config.strategies.base import A, B, Shapes, modules
+from fedtune.federation.base_delta import split
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies.base import Algorithm, Outgoing, weighted_mean, weights_of
 from fedtune.models.adapter import AdapterTensors
 
@@ -26,15 +25,16 @@ class FlexLoRA(Algorithm):
 
     def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:
         """Send each client as many directions as its rank."""
-        by_rank: dict[int, AdapterTensors] = {}
-        for client in clients:
-            rank = rank_of(self.config, client.partition)
+        options = self.config.strategy
+        by_rank: dict[tuple[int, int], AdapterTensors] = {}
+        ranks = [options.kind(self.config, self.shapes, server_round, client.partition) for client in clients]
+        for client, rank in zip(clients, ranks, strict=True):
             if rank not in by_rank:
-                shapes = down_shapes(self.config, self.shapes, server_round, client.partition)
+                shapes = options.down_shapes(self.config, self.shapes, server_round, client.partition)
                 by_rank[rank] = {
                     name: adapter[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()
                 }
-        return [Outgoing(client, by_rank[rank_of(self.config, client.partition)]) for client in clients]
+        return [Outgoing(client, by_rank[rank]) for client, rank in zip(clients, ranks, strict=True)]
 
     def aggregate(
         self,

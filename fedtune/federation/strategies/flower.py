@@ -15,14 +15,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.fedopt import FedOpt
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import FedAdagrad, FedAdam, FedYogi, replies_needed
+from fedtune.config.strategies.averages import FedAdagrad, FedAdam, FedYogi
+from fedtune.config.strategies.base import Shapes
 from fedtune.errors import FederationError
-from fedtune.federation.screen import ARRAYS, CONFIG, METRICS, Accepted, Client
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies.base import Algorithm, Outgoing
-from fedtune.federation.wire import decode, encode
 from fedtune.models.adapter import AdapterTensors
+from fedtune.protocol.arrays import decode, encode
+from fedtune.protocol.messages import ARRAYS, CONFIG, METRICS
 
 
 class Everyone(TypedDict):
@@ -45,7 +46,7 @@ class OnFlower(Algorithm):
         self.strategy = strategy
 
     def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:
-        """Let the strategy make its messages, and take from them what it orders."""
+        """Let the strategy make its messages, and take from them what it sends."""
         by_node = {client.node: client for client in clients}
         messages = self.strategy.configure_train(
             server_round, self.record(adapter), ConfigRecord(), NodesOfRound(list(by_node))
@@ -55,10 +56,10 @@ class OnFlower(Algorithm):
         for message in messages:
             arrays = message.content.array_records[ARRAYS]
             tensors = sent.setdefault(id(arrays), decode(arrays, self.shapes, "float32"))
-            orders = {
+            values = {
                 key: value for key, value in message.content.config_records[CONFIG].items() if key != "server-round"
             }
-            found.append(Outgoing(by_node[message.metadata.dst_node_id], tensors, orders))  # type: ignore[arg-type]
+            found.append(Outgoing(by_node[message.metadata.dst_node_id], tensors, values))  # type: ignore[arg-type]
         return sorted(found, key=lambda each: each.client.partition)
 
     def aggregate(self, server_round: int, adapter: AdapterTensors, replies: Sequence[Accepted]) -> AdapterTensors:
@@ -67,7 +68,7 @@ class OnFlower(Algorithm):
         Raises:
             FederationError: there are too few replies for the strategy to withstand whom it says it does.
         """
-        name, needed = self.config.strategy.name, replies_needed(self.config.strategy)
+        name, needed = self.config.strategy.name, self.config.strategy.replies_needed
         if len(replies) < needed:
             raise FederationError(
                 f"Round {server_round} has {len(replies)} usable replies, and strategy.name = {name} needs {needed}. "
@@ -86,7 +87,7 @@ class OnFlower(Algorithm):
 
     def message(self, reply: Accepted, adapter: AdapterTensors) -> Message:  # noqa: ARG002
         """Return the reply as the strategy wants it."""
-        return _message(reply.client.node, self.record(reply.tensors), float(reply.metrics["num-examples"]))  # type: ignore[arg-type]
+        return _message(reply.client.node, self.record(reply.tensors), float(reply.report.examples))
 
     def tensor(self, name: str, arrays: ArrayRecord, adapter: AdapterTensors) -> torch.Tensor:  # noqa: ARG002
         """Return a tensor of the next adapter from the strategy's result."""

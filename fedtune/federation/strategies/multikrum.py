@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from flwr.serverapp.strategy import MultiKrum
 
-from fedtune.budget.count import Shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import MultiKrum as Options
-from fedtune.federation.screen import Accepted
+from fedtune.config.strategies.base import Shapes
+from fedtune.config.strategies.robust import MultiKrum as Options
+from fedtune.federation.reply_validator import Accepted
 from fedtune.federation.strategies.base import Algorithm
 from fedtune.federation.strategies.flower import EVERYONE, OnComparison
 from fedtune.models.adapter import AdapterTensors

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fedtune.budget.count import Shapes
-from fedtune.budget.traffic import CONTROL, down_shapes
 from fedtune.config.schema import FedTuneConfig
-from fedtune.config.strategies import Scaffold as Options
-from fedtune.federation.screen import Accepted, Client
+from fedtune.config.strategies.base import Shapes
+from fedtune.config.strategies.scaffold import CONTROL
+from fedtune.config.strategies.scaffold import Scaffold as Options
+from fedtune.federation.reply_validator import Accepted, Client
 from fedtune.federation.strategies.base import Algorithm, Outgoing, weighted_mean
 from fedtune.models.adapter import AdapterTensors
 
@@ -38,7 +38,7 @@ class Scaffold(Algorithm):
     def outgoing(self, server_round: int, adapter: AdapterTensors, clients: Sequence[Client]) -> list[Outgoing]:
         """Send the adapter and c."""
         held = adapter | {CONTROL + name: tensor for name, tensor in self.control.items()}
-        wanted = down_shapes(self.config, self.shapes, server_round, clients[0].partition)
+        wanted = self.config.strategy.down_shapes(self.config, self.shapes, server_round, clients[0].partition)
         tensors = {name: held[name] for name in wanted}  # packed messages have no names: the order is what counts
         return [Outgoing(client, tensors) for client in clients]
 
@@ -78,13 +78,6 @@ class Control:
         self.sums: dict[str, torch.Tensor] = {}
         self.steps = 0
 
-    @classmethod
-    def of(cls, received: AdapterTensors, kept: AdapterTensors) -> Control:
-        """Set up from a message's tensors and a client's state; c_i is 0 for a client that takes part for the first time."""
-        shared = {name.removeprefix(CONTROL): each for name, each in received.items() if name.startswith(CONTROL)}
-        own = {name: kept.get(_OWN + name, torch.zeros_like(tensor)) for name, tensor in shared.items()}
-        return cls(shared, own)
-
     @torch.no_grad()
     def __call__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Take note of the parameters' gradients, and add c - c_i to them."""
@@ -105,6 +98,13 @@ class Control:
 
     def _new(self) -> AdapterTensors:
         return {name: (tensor / self.steps).cpu() for name, tensor in self.sums.items()}
+
+
+def client_part(received: AdapterTensors, kept: AdapterTensors) -> Control:
+    """Return the client's part; c_i is 0 for a client that takes part for the first time."""
+    shared = {name.removeprefix(CONTROL): each for name, each in received.items() if name.startswith(CONTROL)}
+    own = {name: kept.get(_OWN + name, torch.zeros_like(tensor)) for name, tensor in shared.items()}
+    return Control(shared, own)
 
 
 def build(config: FedTuneConfig, shapes: Shapes) -> Algorithm:

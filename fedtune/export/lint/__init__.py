@@ -1,0 +1,1 @@
+"""Checks a leaderboard submission, whoever wrote it."""
