@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fedtune.budget.plan import plan
     from fedtune.config.load import load_config
     from fedtune.config.schema import FedTuneConfig
-    from fedtune.evaluation.evaluate import EvalSettings, evaluate
+    from fedtune.evaluation.driver import evaluate
+    from fedtune.evaluation.settings import EvalSettings
     from fedtune.export.finished import open_run
     from fedtune.export.folder import export_folder
     from fedtune.export.hub import publish
@@ -41,10 +42,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EvalSettings": "fedtune.evaluation.evaluate",
+    "EvalSettings": "fedtune.evaluation.settings",
     "FedTuneConfig": "fedtune.config.schema",
     "TrainResult": "fedtune.federation.train",
-    "evaluate": "fedtune.evaluation.evaluate",
+    "evaluate": "fedtune.evaluation.driver",
     "export_folder": "fedtune.export.folder",
     "export_merged": "fedtune.export.merged",
     "export_submission": "fedtune.export.submission",

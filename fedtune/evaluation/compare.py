@@ -1,4 +1,4 @@
-"""The base and several adapters of one config on its challenge's benchmarks, side by side."""
+"""Scores the base and several adapters of one config on its challenge's benchmarks (`compare`)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 
 from fedtune.config.facts import load_preset
 from fedtune.config.schema import FedTuneConfig
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.evaluate import BASE, BenchResult, EvalSettings, Subject, evaluate
+from fedtune.evaluation.driver import evaluate
+from fedtune.evaluation.results import BenchmarkResult
+from fedtune.evaluation.settings import EvalSettings
+from fedtune.evaluation.subjects import BASE, Subject
+from fedtune.evaluation.tasks.registry import parse_bench
 
 
-def compare(config: FedTuneConfig, adapters: Mapping[str, Path], out: Path) -> list[BenchResult]:
+def compare(config: FedTuneConfig, adapters: Mapping[str, Path], out: Path) -> list[BenchmarkResult]:
     """Score the base and `adapters` (names to folders) on every benchmark of the config's challenge.
 
     Args:
-        config: Names the base model, which is held as it was in training, and the challenge.
-        adapters: The adapters' folders by the names that the table shows.
+        config: Its base model, quantized as in training, and its challenge.
+        adapters: The adapters' folders by their names in the table.
         out: Folder of the results.
     """
     benches = load_preset("challenge", config.challenge).benchmarks if config.challenge else ()

@@ -1,8 +1,8 @@
-"""The journal of one adapter on one benchmark: every answer as it comes, so that a killed evaluation goes on where it stopped.
+"""The journal of one subject on one benchmark: every answer on disk, so that a killed evaluation continues where it stopped.
 
-The first line says what is being answered, with what: prompts, model, adapter, arithmetic. Its hash is in the file's name, so
-that other settings have another journal and this one stays. The second says on which path the answers are computed. Then one
-line per question, and after each batch one with its seconds and tokens.
+The first line describes prompts, model, adapter and arithmetic. Its hash is part of the file's name, so that other settings get
+another journal. The second line names the path on which the answers are computed. One line per question follows, and after each
+batch a line with its seconds and tokens.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.evaluation.answer import Reply
+from fedtune.evaluation.backends.generation import Reply
 from fedtune.evaluation.results import cannot_write
 from fedtune.runs.atomic import read_json_lines, write_text
 
 FORMAT = 2
-"""1: without the path; those journals stay where they are, unused."""
+"""Format 1 had no path; its journals are not used any more."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Journal:
-    """Answers that are on disk; `open_journal` makes one."""
+    """The answers on disk; `open_journal` opens them."""
 
     path: Path
     head: Mapping[str, Any]
-    """What is being answered, with what."""
+    """Prompts, model, adapter and arithmetic."""
     answer_path: str | None = None
-    """Name of the path on which the answers are computed; None before that is chosen."""
+    """Name of the path on which the answers are computed; None before it is chosen."""
     reason: str = ""
     """Why that path."""
     findings: tuple[str, ...] = ()
-    """What the user should know of these answers."""
+    """Warnings about these answers."""
     outputs: dict[int, str] = field(default_factory=dict)
-    """Place of the question to the model's output."""
+    """From the question's index to the model's output."""
     gaps: dict[int, float | None] = field(default_factory=dict)
-    """Place of the question to the gap between its first token's logit and the runner-up's."""
+    """From the question's index to the gap between its first token's logit and the runner-up's."""
     seconds: float = 0.0
-    """Time spent on the answers, over all processes that wrote here."""
+    """Time spent on the answers, over all processes that wrote them."""
     prompt_tokens: int = 0
     """Tokens of the answered prompts."""
 
     def choose(self, answer_path: str, reason: str, findings: Sequence[str] = ()) -> None:
-        """Record the path on which answers are computed from here on.
+        """Record the path on which answers are computed from now on.
 
-        Answers that are here from another path are set aside, file and all, so that no result mixes two.
+        Earlier answers from another path are moved to another file, so that no result mixes two paths.
         """
         if self.answer_path == answer_path:
             return
         if self.answer_path is not None or self.outputs:
             aside = _set_aside(self.path, "other-path")
             _log.warning(
-                "The %d answers in %s were computed on another path (%s, now: %s). They are kept in %s and all questions "
+                "The %d answers in %s were computed on another path (%s, now: %s). They are kept in %s, and all questions "
                 "are answered again.",
                 len(self.outputs),
                 self.path,
@@ -67,21 +67,21 @@ class Journal:
                 aside.name,
             )
             self.outputs, self.gaps, self.seconds, self.prompt_tokens = {}, {}, 0.0, 0
-            _begin(self.path, self.head)
+            _create(self.path, self.head)
         self.answer_path, self.reason, self.findings = answer_path, reason, tuple(findings)
         self._append([{"answer_path": answer_path, "reason": reason, "findings": list(findings)}])
 
     def add(self, replies: Sequence[Reply], seconds: float, prompt_tokens: int) -> None:
-        """Append one batch of replies; their places are those of the questions.
+        """Append one batch of replies, with the indices of their questions.
 
         Raises:
             MissingError: the folder cannot be written.
         """
         lines: list[Mapping[str, Any]] = []
         for reply in replies:
-            gap = reply.gap if math.isfinite(reply.gap) else None  # JSON has no other numbers
-            self.outputs[reply.place], self.gaps[reply.place] = reply.text, gap
-            lines.append({"place": reply.place, "output": reply.text, "gap": gap})
+            gap = reply.gap if math.isfinite(reply.gap) else None  # JSON has finite numbers only
+            self.outputs[reply.index], self.gaps[reply.index] = reply.text, gap
+            lines.append({"place": reply.index, "output": reply.text, "gap": gap})
         self.seconds += seconds
         self.prompt_tokens += prompt_tokens
         lines.append({"seconds": seconds, "prompt_tokens": prompt_tokens})
@@ -97,10 +97,10 @@ class Journal:
 
 
 def open_journal(folder: Path, name: str, subject: Mapping[str, Any]) -> Journal:
-    """Open the journal about `subject` in `folder`, or begin it; `name` makes its file name readable.
+    """Open the journal about `subject` in `folder`, or create it; `name` makes its file name readable.
 
-    A line that a kill cut short is dropped, so its question is answered again. A journal that is damaged further up is set
-    aside, never written over. Both are said in the log.
+    An incomplete last line is dropped, so that its question is answered again. A journal with other damage is renamed and kept.
+    The log tells the user about both.
 
     Raises:
         MissingError: the folder cannot be written.
@@ -117,34 +117,34 @@ def open_journal(folder: Path, name: str, subject: Mapping[str, Any]) -> Journal
 
 
 def _read(journal: Journal) -> None:
-    """Read the journal's file into it, or begin the file."""
+    """Read the journal's file into it, or create the file."""
     file = journal.path
     if not file.exists():
-        _begin(file, journal.head)
+        _create(file, journal.head)
         return
     try:
         lines = read_json_lines(file)
         if not lines:
             raise ValueError(f"{file} has no first line")
         if lines[0] != journal.head:
-            raise ValueError(f"line 1 of {file} is about something else")
+            raise ValueError(f"line 1 of {file} describes another evaluation")
         for number, line in enumerate(lines[1:], start=2):
-            _take(journal, line, f"line {number} of {file}")
+            _add_line(journal, line, f"line {number} of {file}")
     except ValueError as damage:
         aside = _set_aside(file, "damaged")
-        _log.warning("%s. The file is kept as %s and all its questions are answered again.", damage, aside.name)
+        _log.warning("%s. The file is kept as %s, and all its questions are answered again.", damage, aside.name)
         journal.answer_path, journal.reason, journal.findings = None, "", ()
         journal.outputs, journal.gaps, journal.seconds, journal.prompt_tokens = {}, {}, 0.0, 0
-        _begin(file, journal.head)
+        _create(file, journal.head)
         return
     if not file.read_bytes().endswith(b"\n"):
         _log.warning("The last line of %s is cut off. It is dropped, and its question is answered again.", file)
-        # Whole lines only: what was torn off must not run into the next one.
+        # Without the incomplete line, which would run into the next one.
         write_text(file, "".join(_line(line) for line in lines))
 
 
-def _take(journal: Journal, line: Mapping[str, Any], where: str) -> None:
-    """Add one line to the journal; raises ValueError for one that no journal has."""
+def _add_line(journal: Journal, line: Mapping[str, Any], where: str) -> None:
+    """Add one line to the journal; raise ValueError for a line of another form."""
     kinds: dict[str, tuple[type, ...]]
     if "place" in line:
         kinds = {"place": (int,), "output": (str,), "gap": (int, float, type(None))}
@@ -165,7 +165,7 @@ def _take(journal: Journal, line: Mapping[str, Any], where: str) -> None:
         journal.prompt_tokens += line["prompt_tokens"]
 
 
-def _begin(file: Path, head: Mapping[str, Any]) -> None:
+def _create(file: Path, head: Mapping[str, Any]) -> None:
     write_text(file, _line(head))
 
 

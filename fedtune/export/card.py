@@ -15,9 +15,9 @@ from fedtune.config.facts import ineligible_because, load_preset, value_at
 from fedtune.config.schema import BUILTIN_TINY
 from fedtune.data.prompt import render_text
 from fedtune.errors import UsageError
-from fedtune.evaluation.benchmarks.base import Selection
-from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.results import Record
+from fedtune.evaluation.tasks.base import Selection
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.export.finished import FinishedRun
 from fedtune.export.package import hub_base, hub_data, public_name, strike
 from fedtune.units import to_mib
@@ -312,7 +312,7 @@ def used_mib(finished: FinishedRun) -> float:
 def title(record: Record) -> str:
     """Return a result's benchmark for people: `MedMCQA`, `MMLU stem`."""
     selection = selection_of(record)
-    return " ".join(filter(None, (selection.benchmark.title, (selection.category or "").replace("_", " "))))
+    return " ".join(filter(None, (selection.task.title, (selection.category or "").replace("_", " "))))
 
 
 def selection_of(record: Record) -> Selection:
@@ -323,7 +323,7 @@ def selection_of(record: Record) -> Selection:
 def _eval_results(record: Record) -> list[EvalResult]:
     """Return a complete result in the hub's form: the accuracy, and the share of unparsed outputs where it is known."""
     selection = selection_of(record)
-    benchmark = selection.benchmark
+    benchmark = selection.task
     sources = sorted(benchmark.sources, key=lambda source: not source.original)
     where: dict[str, Any] = {
         "task_type": "text-generation",

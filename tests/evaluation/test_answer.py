@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, group_by_prefix, tokenize
+from fedtune.evaluation.benchmarks.base import Question
+from fedtune.evaluation.benchmarks.find import parse_bench
+from fedtune.evaluation.benchmarks.load import load_questions
+from fedtune.evaluation.official import answer_finance, answer_one_by_one, answer_part, new_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import MissingError
 from fedtune.evaluation import answer as fast
-from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, group_by_prefix, tokenize
-from fedtune.evaluation.benchmarks.base import Question
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
-from fedtune.evaluation.official import answer_finance, answer_one_by_one, answer_part, new_tokens
 from fedtune.models.adapter import attach
 from fedtune.models.base import Base, load_base
 

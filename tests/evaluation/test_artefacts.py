@@ -5,14 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fedtune.evaluation.benchmarks import careqa, fiqa, medmcqa, mmlu, pubmedqa
+from fedtune.evaluation.benchmarks.base import choice_prompt, finance_prompt, plain_prompt
+from fedtune.evaluation.benchmarks.find import parse_bench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import MissingError, UsageError
 from fedtune.evaluation.artefacts import accuracy_text, array_text, artefact_paths, lines_text, rescore, write_artefacts
-from fedtune.evaluation.benchmarks import careqa, fiqa, medmcqa, mmlu, pubmedqa
-from fedtune.evaluation.benchmarks.base import choice_prompt, finance_prompt, plain_prompt
-from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.scoring import Answer
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

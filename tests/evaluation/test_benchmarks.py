@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from fedtune.config.facts import load_preset
-from fedtune.errors import UsageError
 from fedtune.evaluation.benchmarks import base, mmlu, pubmedqa
 from fedtune.evaluation.benchmarks.find import bench_names, benchmarks, parse_bench
 from fedtune.evaluation.benchmarks.load import load_questions
+
+from fedtune.config.facts import load_preset
+from fedtune.errors import UsageError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published runs are not at hand")

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
+from fedtune.evaluation.benchmarks.find import parse_bench
+from fedtune.evaluation.benchmarks.load import load_questions
+from fedtune.evaluation.evaluate import BASE, Asked, EvalResult, EvalSettings, Subject, evaluate
+from fedtune.evaluation.official import answer_finance, answer_one_by_one, new_tokens
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import FedTuneError, MissingError, UsageError
 from fedtune.evaluation import answer as fast
 from fedtune.evaluation import evaluate as module
 from fedtune.evaluation import probe, results
-from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
-from fedtune.evaluation.evaluate import BASE, Asked, EvalResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.official import answer_finance, answer_one_by_one, new_tokens
 from fedtune.evaluation.statistics import mcnemar
 from fedtune.evaluation.subjects import find_subjects
 from fedtune.models import integrity

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from fedtune.evaluation.answer import PATHS
+from fedtune.evaluation.benchmarks.find import parse_bench
+from fedtune.evaluation.evaluate import BASE, BenchResult, EvalSettings, Subject, evaluate
+from fedtune.evaluation.probe import ONE_BY_ONE
 from support.families import FAMILIES, NOT_BUILT, NOT_CAUSAL, build
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import UsageError
 from fedtune.evaluation import evaluate as module
 from fedtune.evaluation import official
-from fedtune.evaluation.answer import PATHS
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.evaluate import BASE, BenchResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.probe import ONE_BY_ONE
 
 SHARED, OWN_MASKS, RIGHT, LEFT, EQUAL = (path.name for path in PATHS)
 

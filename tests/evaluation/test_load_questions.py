@@ -13,14 +13,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants
-
-import fedtune.hub
-from fedtune.errors import MissingError, UsageError
 from fedtune.evaluation.benchmarks import hub, load
 from fedtune.evaluation.benchmarks.base import Benchmark, Part, Question, Row, Selection, Source, content_hash
 from fedtune.evaluation.benchmarks.find import benchmarks, parse_bench
 from fedtune.evaluation.benchmarks.load import load_questions
+from huggingface_hub import constants
+
+import fedtune.hub
+from fedtune.errors import MissingError, UsageError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the official rows are not at hand")
@@ -285,7 +285,6 @@ def test_hub_rows_never_runs_a_script_and_asks_for_the_pinned_revision(monkeypat
 
 def test_fpb_is_cut_to_the_leaderboards_quarter() -> None:
     import datasets
-
     from fedtune.evaluation.benchmarks.fpb import held_out
 
     whole = datasets.Dataset.from_list([{"sentence": str(number), "label": 0} for number in range(4846)])

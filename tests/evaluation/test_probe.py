@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from fedtune.evaluation.answer import PATHS, AnswerPath, Budget, Reply, Request, answer, smallest_window, tokenize
+from fedtune.evaluation.official import answer_one_by_one
+from fedtune.evaluation.probe import ONE_BY_ONE, choose_path, warnings_about
 from support.families import build
 from tokenizers.processors import TemplateProcessing
 
@@ -15,9 +18,6 @@ from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import MissingError, UsageError
 from fedtune.evaluation import answer as fast
 from fedtune.evaluation import probe
-from fedtune.evaluation.answer import PATHS, AnswerPath, Budget, Reply, Request, answer, smallest_window, tokenize
-from fedtune.evaluation.official import answer_one_by_one
-from fedtune.evaluation.probe import ONE_BY_ONE, choose_path, warnings_about
 from fedtune.models.adapter import attach
 from fedtune.models.base import Base, load_base
 

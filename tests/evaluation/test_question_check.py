@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from fedtune.evaluation.answer import Budget, Request, answer
+from fedtune.evaluation.benchmarks.find import parse_bench
+from fedtune.evaluation.evaluate import EvalSettings, Mode, Subject, evaluate
+from fedtune.evaluation.official import answer_one_by_one
 from support.families import build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
 from fedtune.errors import UsageError
 from fedtune.evaluation import evaluate as evaluation
-from fedtune.evaluation.answer import Budget, Request, answer
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.evaluate import EvalSettings, Mode, Subject, evaluate
-from fedtune.evaluation.official import answer_one_by_one
 from fedtune.models.base import load_base
 from fedtune.models.hub import resolve_base
 

@@ -1,11 +1,11 @@
 """The official scoring, rule by rule and over anything that a model may say."""
 
 import pytest
+from fedtune.evaluation.benchmarks.base import AnswerType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import UsageError
-from fedtune.evaluation.benchmarks.base import AnswerType
 from fedtune.evaluation.scoring import Answer, Prediction, predict, score
 
 ANSWER_TYPES: list[AnswerType] = ["choice", "yes-no", "sentiment"]
