@@ -105,7 +105,7 @@ def _cells(line: str) -> list[str]:
 
 def test_verify_and_official_are_said(run: Path) -> None:
     done = fedtune("--bench", "tiny", "--limit", "9", "--base", "--model", "builtin:tiny", "--verify", "4")
-    assert "base on tiny: 4 of 4 answers are the same one by one" in done.stderr
+    assert "base on tiny: 4 of 4 answers equal one-by-one generation" in done.stderr
     done = fedtune("--bench", "tiny", "--limit", "9", "--base", "--model", "builtin:tiny", "--mode", "official")
     assert "tiny · flowertune · official" in done.stdout
     assert Path("runs/evaluations/builtin-tiny/acc_tiny_base_first9.txt").is_file()
@@ -122,7 +122,7 @@ def test_unparsed_outputs_are_noted(tmp_path: Path) -> None:
     save_file(weights, "same/model.safetensors", metadata={"format": "pt"})
     done = fedtune("--bench", "tiny", "--limit", "8", "--base", "--model", "./same", "--quantization", "none")
     assert done.exit_code == 0, done.stderr
-    assert "100.0% of the outputs are no answer in form, most often '" in done.stderr
+    assert "100.0% of the outputs are unparsed answers, most often '" in done.stderr
     assert "(8)" in done.stderr
 
 
@@ -132,7 +132,7 @@ def test_a_model_with_windows_says_its_path(tmp_path: Path) -> None:
     words = ["--bench", "tiny", "--limit", "12", "--base", "--model", "./mistral", "--quantization", "none"]
     done = fedtune(*words, "--verify", "12")
     assert done.exit_code == 0, done.stderr
-    assert "base on tiny: 12 of 12 answers are the same one by one" in done.stderr
+    assert "base on tiny: 12 of 12 answers equal one-by-one generation" in done.stderr
     assert "base on tiny: answered with shared prefixes (equal to one-by-one generation on 3 prompts" in done.stderr
 
 
@@ -173,7 +173,7 @@ def test_lm_eval_on_other_families(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--bench", "tiny"], 2, "Nothing to score"),
+        (["--bench", "tiny"], 2, "There is nothing to score"),
         (["--base", "--model", "builtin:tiny"], 2, "No benchmark is named"),
         (["--bench", "medmqca", "--base", "--model", "builtin:tiny"], 2, "Did you mean --bench medmcqa"),
         (["--bench", "code", "--base", "--model", "builtin:tiny"], 2, "run generated code"),
@@ -188,20 +188,28 @@ def test_lm_eval_on_other_families(tmp_path: Path, family: str) -> None:
         (["--bench", "tiny", "--peft", "damaged"], 3, "is damaged"),
         (["--bench", "tiny", "--peft", "other"], 3, "does not fit the model"),
         (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--limit", "0"], 2, "--limit 0"),
-        (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--mode", "slow"], 2, "--mode slow"),
-        (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--protocol", "x"], 2, "--protocol x"),
+        (
+            ["--bench", "tiny", "--base", "--model", "builtin:tiny", "--mode", "slow"],
+            2,
+            "'slow' is not one of",
+        ),
+        (
+            ["--bench", "tiny", "--base", "--model", "builtin:tiny", "--protocol", "x"],
+            2,
+            "'x' is not one of",
+        ),
         (
             ["--bench", "tiny", "--base", "--model", "builtin:tiny", "--quantization", "nf4", "--mode", "official"],
             2,
-            "--quantization out",
+            "Omit --quantization",
         ),
         (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--protocol", "lm-eval"], 2, "no task for tiny"),
         (
             ["--bench", "medqa", "--base", "--model", "builtin:tiny", "--protocol", "lm-eval", "--verify", "3"],
             2,
-            "--protocol out",
+            "Omit --protocol",
         ),
-        (["--bench", "tiny", "--peft", "peft_1", "stray.json"], 2, "stray.json stands alone"),
+        (["--bench", "tiny", "--peft", "peft_1", "stray.json"], 2, "stray.json belongs to no option"),
         (["--rescore", "missing.json"], 3, "no file missing.json"),
         (["--rescore", "garbage.json"], 2, "garbage.json is not a generation file"),
     ],

@@ -5,19 +5,22 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fedtune.evaluation.answer import PATHS
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.evaluate import BASE, BenchResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.probe import ONE_BY_ONE
 from support.families import FAMILIES, NOT_BUILT, NOT_CAUSAL, build
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import UsageError
-from fedtune.evaluation import evaluate as module
-from fedtune.evaluation import official
+from fedtune.evaluation.backends.fast import PATHS
+from fedtune.evaluation.backends.probe import ONE_BY_ONE
+from fedtune.evaluation.driver import evaluate
+from fedtune.evaluation.results import BenchmarkResult
+from fedtune.evaluation.settings import EvalSettings
+from fedtune.evaluation.subjects import BASE, Subject
+from fedtune.evaluation.tasks.registry import parse_bench
+from fedtune.evaluation.tasks.sentiment import SentimentTask
 
 SHARED, OWN_MASKS, RIGHT, LEFT, EQUAL = (path.name for path in PATHS)
 
@@ -36,14 +39,14 @@ letter: there nothing follows the padding that a window or a running state could
 SENTENCE = "profit rose fell sharply in the third quarter as net sales grew and the company sold its unit"
 
 
-def answered(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[BenchResult]:
+def answered(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[BenchmarkResult]:
     """Score a family's random model on a few questions of FPB and of the tiny benchmark, all of them verified."""
     words = SENTENCE.split()
     sentences = [" ".join(words[start : start + 1 + 2 * (start % 6)]) for start in range(12)]
     rows = [{"sentence": f"{text} {n}.", "label": n % 3} for n, text in enumerate(sentences)]
     (folder / "fpb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for place in (official, module):
-        monkeypatch.setattr(place, "FINANCE_LENGTH", 105)  # a model that never stops writes up to 512 tokens
+    short = replace(SentimentTask.padded_batches, max_length=105)
+    monkeypatch.setattr(SentimentTask, "padded_batches", short)  # a model that never stops writes up to 512 tokens
     settings = EvalSettings(
         model=ModelConfig(base=str(build(family, folder)), quantization="none", compute_dtype="fp32"),
         subjects=(Subject(BASE),),

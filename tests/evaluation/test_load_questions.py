@@ -13,19 +13,19 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from fedtune.evaluation.benchmarks import hub, load
-from fedtune.evaluation.benchmarks.base import Benchmark, Part, Question, Row, Selection, Source, content_hash
-from fedtune.evaluation.benchmarks.find import benchmarks, parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
 from huggingface_hub import constants
 
 import fedtune.hub
 from fedtune.errors import MissingError, UsageError
+from fedtune.evaluation.tasks import hub, load
+from fedtune.evaluation.tasks.base import Part, Question, Row, Selection, Source, Task, content_hash
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import all_tasks, parse_bench
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the official rows are not at hand")
 
-MEDMCQA = benchmarks()["medmcqa"]
+MEDMCQA = all_tasks()["medmcqa"]
 
 
 def row(number: int, **changes: Any) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def write(folder: Path, rows: Iterable[Row], name: str = "medmcqa.jsonl") -> Pat
     return path
 
 
-def hash_of(bench: Benchmark, rows: Iterable[Row]) -> str:
-    return content_hash(bench.ask(each) for each in rows)
+def hash_of(task: Task, rows: Iterable[Row]) -> str:
+    return content_hash(task.ask(each) for each in rows)
 
 
 def test_rows_in_their_order_with_ids(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_out_of_range_answers_are_refused_everywhere(tmp_path: Path, name: str, 
         load_questions(parse_bench(f"{name}:{part}" if part else name)[0], tmp_path)
 
 
-@pytest.mark.parametrize(("text", "answer"), [("b", "option B, but answer_idx is A"), ("z", "none of the options")])
+@pytest.mark.parametrize(("text", "answer"), [("b", "option B, but answer_idx is A"), ("z", "not one of the options")])
 def test_medqa_answer_must_be_an_option(tmp_path: Path, text: str, answer: str) -> None:
     options = [{"key": key, "value": key.lower()} for key in "ABCD"]
     write(tmp_path, [{"question": "Q", "options": options, "answer": text, "answer_idx": "A"}], "medqa.jsonl")
@@ -195,7 +195,7 @@ def test_parquet_gives_the_same_questions(tmp_path: Path) -> None:
 
 def test_tiny_ships_unless_a_file_is_given(tmp_path: Path) -> None:
     shipped = write(tmp_path / "own", [row(0, subject="taste"), row(1, subject="colour")], "test.jsonl")
-    tiny = Selection(replace(benchmarks()["tiny"], shipped=shipped))
+    tiny = Selection(replace(all_tasks()["tiny"], shipped=shipped))
     for data_dir in (None, tmp_path):
         loaded = load_questions(tiny, data_dir)
         assert [question.subset for question in loaded.questions] == ["taste", "colour"]
@@ -237,7 +237,7 @@ def test_first_source_that_holds_the_official_rows_is_taken(sources: dict[str, A
     sources["copy/other"] = [row(0), row(2)]
     with pytest.raises(MissingError) as caught:
         load_questions(selection)
-    assert "copy/short (holds 1 of the 2 rows)" in caught.value.message
+    assert "copy/short (has 1 of the 2 rows)" in caught.value.message
     assert "copy/other (its rows differ from the official ones)" in caught.value.message
     assert "the/original (a script data set" in caught.value.message
     assert "--data-dir" in caught.value.hint
@@ -285,7 +285,8 @@ def test_hub_rows_never_runs_a_script_and_asks_for_the_pinned_revision(monkeypat
 
 def test_fpb_is_cut_to_the_leaderboards_quarter() -> None:
     import datasets
-    from fedtune.evaluation.benchmarks.fpb import held_out
+
+    from fedtune.evaluation.tasks.sentiment import held_out
 
     whole = datasets.Dataset.from_list([{"sentence": str(number), "label": 0} for number in range(4846)])
     rows = list(held_out(whole))

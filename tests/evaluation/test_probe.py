@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from fedtune.evaluation.answer import PATHS, AnswerPath, Budget, Reply, Request, answer, smallest_window, tokenize
-from fedtune.evaluation.official import answer_one_by_one
-from fedtune.evaluation.probe import ONE_BY_ONE, choose_path, warnings_about
 from support.families import build
 from tokenizers.processors import TemplateProcessing
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import MissingError, UsageError
-from fedtune.evaluation import answer as fast
-from fedtune.evaluation import probe
+from fedtune.evaluation.backends import fast, probe
+from fedtune.evaluation.backends.fast import PATHS, AnswerPath, Budget, answer, smallest_window
+from fedtune.evaluation.backends.generation import Reply, Request, tokenize
+from fedtune.evaluation.backends.official import answer_one_by_one
+from fedtune.evaluation.backends.probe import ONE_BY_ONE, choose_path, warnings_about
 from fedtune.models.adapter import attach
 from fedtune.models.base import Base, load_base
 
@@ -45,16 +45,16 @@ def requests(base: Base, new_tokens: int) -> list[Request]:
     return [Request(ids, new_tokens) for ids in tokenize(base, [f"{text} {n}" for n, text in enumerate(PROMPTS)])]
 
 
-def by_place(replies: list[Reply]) -> list[str]:
-    return [reply.text for reply in sorted(replies, key=lambda reply: reply.place)]
+def by_index(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in sorted(replies, key=lambda reply: reply.index)]
 
 
 def plainly(base: Base, asked: list[Request]) -> list[str]:
-    return by_place([reply for batch in answer_one_by_one(base, asked, 0) for reply in batch])
+    return by_index([reply for batch in answer_one_by_one(base, asked) for reply in batch])
 
 
 def on(base: Base, asked: list[Request], path: AnswerPath) -> list[str]:
-    return by_place([reply for batch in answer(base, asked, Budget(2048), path=path) for reply in batch])
+    return by_index([reply for batch in answer(base, asked, Budget(2048), path=path) for reply in batch])
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
@@ -177,7 +177,7 @@ def test_beams_are_searched_one_prompt_at_a_time(base: Base) -> None:
 
 def test_a_stop_token_that_is_text_stays_in_the_answer(base: Base) -> None:
     asked = requests(base, 12)
-    token = next(iter(answer_one_by_one(base, asked[:1], 0)))[0].tokens[3]
+    token = next(iter(answer_one_by_one(base, asked[:1])))[0].tokens[3]
     assert token not in base.tokenizer.all_special_ids
     base.model.generation_config.eos_token_id = [base.tokenizer.eos_token_id, token]
     plain = plainly(base, asked)

@@ -1,4 +1,4 @@
-"""evaluate() on the tiny base: several adapters in one call, what is written, going on after a stop, both modes, finance."""
+"""evaluate() on the tiny base: several adapters in one call, files, interruption, both modes, finance."""
 
 import json
 import time
@@ -11,19 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
-from fedtune.evaluation.evaluate import BASE, Asked, EvalResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.official import answer_finance, answer_one_by_one, new_tokens
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.evaluation import answer as fast
-from fedtune.evaluation import evaluate as module
-from fedtune.evaluation import probe, results
+from fedtune.evaluation import driver, model_slot, provenance, results
+from fedtune.evaluation.backends import fast, official, probe
+from fedtune.evaluation.backends.fast import Budget
+from fedtune.evaluation.backends.generation import Reply, Request
+from fedtune.evaluation.backends.official import answer_one_by_one, answer_padded
+from fedtune.evaluation.driver import evaluate
+from fedtune.evaluation.model_slot import ModelSlot
+from fedtune.evaluation.progress import EvalProgress
+from fedtune.evaluation.prompts import build_prompts
+from fedtune.evaluation.results import EvalResult
+from fedtune.evaluation.settings import EvalSettings
 from fedtune.evaluation.statistics import mcnemar
-from fedtune.evaluation.subjects import find_subjects
+from fedtune.evaluation.subjects import BASE, Subject, find_subjects
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import parse_bench
+from fedtune.evaluation.tasks.sentiment import SentimentTask
 from fedtune.models import integrity
 from fedtune.models.adapter import attach, read_adapter, write_adapter
 from fedtune.models.base import Base, load_base
@@ -31,7 +37,7 @@ from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import file_sha256
 
 MODEL = ModelConfig(base="builtin:tiny", quantization="fp4", compute_dtype="fp32")
-SHIPPED = Path(module.__file__).parents[1] / "data" / "builtin" / "tiny" / "test.jsonl"
+SHIPPED = Path(driver.__file__).parents[1] / "data" / "builtin" / "tiny" / "test.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +82,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
         noted.append(config)
         return load_base(config)
 
-    monkeypatch.setattr(module, "load_base", load)
+    monkeypatch.setattr(model_slot, "load_base", load)
     return noted
 
 
@@ -111,10 +117,9 @@ def plainly(adapter: Path | None, limit: int = 24) -> list[str]:
         config = AdapterConfig(rank=saved.config["r"], alpha=saved.config["lora_alpha"], targets="all-linear")
         attach(base, config).load(saved.tensors)
     (selection,) = parse_bench("tiny")
-    questions = load_questions(selection, None, limit).questions
-    tokens = tokenize(base, [selection.benchmark.wrap(question.prompt) for question in questions])
-    requests = [Request(ids, count) for ids, count in zip(tokens, new_tokens(base, questions), strict=True)]
-    return [reply.text for replies in answer_one_by_one(base, requests, 0) for reply in replies]
+    settings = settings_of(Path(), None, limit=limit)
+    requests = [prompt.request for prompt in build_prompts(base, load_questions(selection, None, limit), settings)]
+    return [reply.text for replies in answer_one_by_one(base, requests) for reply in replies]
 
 
 def test_one_base_for_all_and_the_order_does_not_matter(
@@ -193,9 +198,9 @@ def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch:
     (result,) = evaluate(settings).results
     write = results.write_text
     monkeypatch.setattr(results, "write_text", lambda path, text: (time.sleep(0.2), write(path, text)))
-    others = [[replace(result, label=f"other-{number}")] for number in range(3)]
+    others = [[replace(result, label=f"other-{number}").to_record()] for number in range(3)]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(partial(module.finish, settings), others))
+        list(threads.map(partial(results.add_results, tmp_path / "results.json"), others))
     records = json.loads((tmp_path / "results.json").read_text())
     assert sorted(record["label"] for record in records) == [result.label, "other-0", "other-1", "other-2"]
 
@@ -203,7 +208,7 @@ def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch:
 def test_a_second_call_loads_no_model(adapters: list[Path], loads: list[ModelConfig], tmp_path: Path) -> None:
     settings = settings_of(tmp_path, None, adapters[0])
     first = evaluate(settings)
-    heard: list[Asked] = []
+    heard: list[EvalProgress] = []
     loads.clear()
     second = evaluate(settings, heard.append)
     assert loads == []
@@ -235,7 +240,7 @@ def test_a_torn_line_and_what_follows_are_asked_again(
     answered = [number for number, line in enumerate(text.splitlines(keepends=True)) if '"place"' in line]
     torn = "".join(text.splitlines(keepends=True)[: answered[9]]) + text.splitlines()[answered[9]][:15]
     path.write_text(torn)
-    heard: list[Asked] = []
+    heard: list[EvalProgress] = []
     again = evaluate(settings, heard.append)
     assert sorted(places_in(path)) == list(range(24))
     assert heard[-1].answered == 24 - 9
@@ -319,10 +324,10 @@ def test_a_full_disk_in_the_middle_is_said_and_resumed(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_artefacts", full)
+        patched.setattr(driver, "write_artefacts", full)
         with pytest.raises(MissingError, match="No space left on device"):
             evaluate(settings)
-    heard: list[Asked] = []
+    heard: list[EvalProgress] = []
     assert evaluate(settings, heard.append).results[0].score.n == 8
     assert heard == []  # the answers were there
 
@@ -341,7 +346,7 @@ def test_other_settings_start_a_new_journal(adapters: list[Path], loads: list[Mo
             (adapter / "adapter_config.json").write_text(json.dumps(table | changes))
 
     def asked(**changes: Any) -> int:
-        heard: list[Asked] = []
+        heard: list[EvalProgress] = []
         evaluate(settings_of(tmp_path / "out", adapter, **{"limit": 6, "data_dir": data, **changes}), heard.append)
         return heard[-1].answered if heard else 0
 
@@ -401,13 +406,13 @@ def test_a_prompt_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = [{"question": text, **row} for text in ("One?", "Two?", "One?", "Three?", "One?")]
     lines(tmp_path / "medmcqa.jsonl", rows)
     counted: list[int] = []
-    real = module.answer
+    real = driver.answer
 
     def counting(base: Base, requests: list[Request], *rest: Any) -> Iterator[list[Reply]]:
         counted.append(len(requests))
         return real(base, requests, *rest)
 
-    monkeypatch.setattr(module, "answer", counting)
+    monkeypatch.setattr(driver, "answer", counting)
     result = evaluate(settings_of(tmp_path / "out", None, bench="medmcqa", data_dir=tmp_path, limit=None))
     assert counted == [3]
     one, two, _, three, _ = outputs(result)
@@ -462,12 +467,9 @@ def test_an_answer_that_is_complete_costs_no_more_steps(monkeypatch: pytest.Monk
 FPB = [{"sentence": f"Profit rose {'and rose ' * (n % 5)}by {n} %.", "label": n % 3} for n in range(35)]
 
 
-def lowest_logits(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    """Let finance prompts and answers together be short, or a model that never stops writes 512 tokens an answer."""
-    from fedtune.evaluation import official
-
-    monkeypatch.setattr(official, "FINANCE_LENGTH", length)
-    monkeypatch.setattr(module, "FINANCE_LENGTH", length)
+def limit_finance(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Limit finance prompts with their answers, because a model that never stops writes 512 tokens an answer."""
+    monkeypatch.setattr(SentimentTask, "padded_batches", replace(SentimentTask.padded_batches, max_length=length))
 
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
@@ -479,7 +481,11 @@ def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -
     before, rows = weight.detach().clone(), len(weight)
     integrity.watch(base.model)
     replies = [
-        reply for batch in answer_finance(base, ["Profit rose. Answer: ", "Sales fell. Answer: "]) for reply in batch
+        reply
+        for batch in answer_padded(
+            base, ["Profit rose. Answer: ", "Sales fell. Answer: "], SentimentTask.padded_batches
+        )
+        for reply in batch
     ]
     assert len(replies) == 2
     integrity.check(base.model, "after finance")
@@ -518,29 +524,32 @@ def test_the_official_finance_mode_refuses_adapted_embeddings_before_it_asks(
         revision=None,
         resolved=adapted.resolved,
     )
-    monkeypatch.setattr(module, "load_base", load)
-    lowest_logits(monkeypatch, 230)
+    monkeypatch.setattr(model_slot, "load_base", load)
+    limit_finance(monkeypatch, 230)
     lines(tmp_path / "fpb.jsonl", FPB[:3])
     settings = settings_of(tmp_path / "out", tmp_path / "peft_1", bench="fpb", data_dir=tmp_path, mode="official")
-    with pytest.raises(UsageError, match="cannot resize its embeddings, which the adapter changes") as caught:
+    with pytest.raises(UsageError, match="cannot resize the embeddings, because the adapter changes them") as caught:
         evaluate(settings)
     assert "--mode fast" in caught.value.hint
     assert not (tmp_path / "out" / "results.json").exists()
     assert evaluate(replace(settings, mode="fast")).results[0].score.n == 3
-    bench = module.Bench(MODEL)
-    bench.put_on(settings.subjects[0])
+    slot = ModelSlot(MODEL)
+    slot.attach(settings.subjects[0])
     with pytest.raises(UsageError):
-        next(answer_finance(bench.base, ["Profit rose. Answer: "]))
-    bench.check_base(settings.subjects[0])
-    assert len(list(answer_finance(bench.put_on(Subject(BASE)), ["Profit rose. Answer: "]))) == 1
-    bench.check_base(Subject(BASE))
-    monkeypatch.setattr(module, "load_base", load_base)  # with a pad token of its own
+        next(answer_padded(slot.base, ["Profit rose. Answer: "], SentimentTask.padded_batches))
+    slot.check_base(settings.subjects[0])
+    assert (
+        len(list(answer_padded(slot.attach(Subject(BASE)), ["Profit rose. Answer: "], SentimentTask.padded_batches)))
+        == 1
+    )
+    slot.check_base(Subject(BASE))
+    monkeypatch.setattr(model_slot, "load_base", load_base)  # with a pad token of its own
     assert evaluate(settings).results[0].score.n == 3
 
 
 def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both modes; the official one in its padded batches of 32, of which only the unfinished ones are asked again."""
-    lowest_logits(monkeypatch, 230)
+    limit_finance(monkeypatch, 230)
     lines(tmp_path / "fpb.jsonl", FPB)
     settings = settings_of(tmp_path / "out", None, bench="fpb", data_dir=tmp_path, limit=None, verify=2)
     quick = evaluate(settings).results[0]
@@ -550,13 +559,13 @@ def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not quick.comparable
 
     batches: list[int] = []
-    real = module.answer_finance
+    real = official._generate_padded
 
-    def noting(base: Base, prompts: list[str]) -> Iterator[list[Reply]]:
+    def noting(base: Base, prompts: list[str], max_length: int) -> list[str]:
         batches.append(len(prompts))
-        return real(base, prompts)
+        return real(base, prompts, max_length)
 
-    monkeypatch.setattr(module, "answer_finance", noting)
+    monkeypatch.setattr(official, "_generate_padded", noting)
     settings = replace(settings, mode="official", verify=0)
     plain = evaluate(settings).results[0]
     assert batches == [32, 3]
@@ -631,7 +640,7 @@ def test_bases_of_adapters(adapters: list[Path], tmp_path: Path) -> None:
     assert find(other, pinned).revision == "a" * 40
     with pytest.raises(MissingError, match="different base models"):
         find(pinned, folder("moved", base_model_name_or_path="owner/other", revision="b" * 40))
-    with pytest.raises(MissingError, match="does not say which base"):
+    with pytest.raises(MissingError, match="does not name its base model"):
         find(folder("silent", base_model_name_or_path=None))
     (tmp_path / "config.json").write_text("{}")  # a base model's folder with an adapter in it is no run
     assert find(plain).base == "builtin:tiny"
@@ -641,22 +650,22 @@ def test_a_hub_base_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commit that a branch means is part of what is recorded, and of what a journal is about."""
     commit = "c" * 40
     resolved: Callable[..., Any] = lambda config, only_config: type("Resolved", (), {"revision": commit})  # noqa: E731
-    monkeypatch.setattr(module, "resolve_base", resolved)
-    bench = module.Bench(ModelConfig(base="owner/name", quantization="fp4"))
-    assert module.identity(bench, Subject(BASE))["model"]["revision"] == commit
-    assert bench.sha256 is None
+    monkeypatch.setattr(provenance, "resolve_base", resolved)
+    slot = ModelSlot(ModelConfig(base="owner/name", quantization="fp4"))
+    assert provenance.describe(slot.config, slot.sha256, None)["model"]["revision"] == commit
+    assert slot.sha256 is None
 
 
 def test_a_base_that_a_subject_has_changed_ends_the_evaluation(
     adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_off = module.Bench._take_off
+    detach = ModelSlot._detach
 
-    def careless(bench: module.Bench) -> None:
-        take_off(bench)
-        bench.base.model.model.norm.weight.data[1] += 2**-20
+    def careless(slot: ModelSlot) -> None:
+        detach(slot)
+        slot.base.model.model.norm.weight.data[1] += 2**-20
 
-    monkeypatch.setattr(module.Bench, "_take_off", careless)
+    monkeypatch.setattr(ModelSlot, "_detach", careless)
     with pytest.raises(FedTuneError, match=r"model\.norm\.weight is not what was loaded, after peft_0 was evaluated"):
         evaluate(settings_of(tmp_path, adapters[0], adapters[2], limit=2))
     assert not list((tmp_path / "answers").iterdir())
