@@ -48,10 +48,7 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
-            parser=options.path_or_name,
-            metavar="MODEL",
-            help="The base model; by default the adapter's.",
+            "--model", parser=options.path_or_name, metavar="MODEL", help="The base model; by default the adapter's."
         ),
     ] = None,
     quantization: Annotated[
@@ -138,7 +135,8 @@ def evaluate(
         return
     if files:
         raise UsageError(
-            f"{files[0]} belongs to no option.", hint="Name adapters with --peft, and generation files with --rescore."
+            f"{files[0]} does not belong to an option.",
+            hint="Name adapters with --peft, and generation files with --rescore.",
         )
     if not bench:
         raise UsageError("No benchmark is named.", hint="Example: fedtune eval --bench medmcqa --peft peft_10")

@@ -123,7 +123,7 @@ def _read(path: Path) -> tuple[Form, list[Any], float | None]:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise _not_generations(path, "it is not UTF-8 text") from None
-    # `splitlines` would also split at the line separators that a prompt may hold.
+    # `splitlines` would also split at the line separators inside a prompt.
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise _not_generations(path, "it is empty")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
+from fedtune.config.facts import load_preset
+from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import FedTuneError
 from fedtune.evaluation.artefacts import write_artefacts
 from fedtune.evaluation.backends.fast import Budget, Work, answer
@@ -41,6 +44,7 @@ from fedtune.evaluation.statistics import mcnemar, wilson
 from fedtune.evaluation.subjects import BASE, Subject
 from fedtune.evaluation.tasks.base import Answer, Selection
 from fedtune.evaluation.tasks.load import QuestionSet, load_questions
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.models.adapter import read_adapter, reading_config
 from fedtune.models.base import Base
 
@@ -71,6 +75,24 @@ def evaluate(settings: EvalSettings, listener: Listener | None = None) -> EvalRe
     file = settings.out / FILE
     add_results(file, [result.to_record() for result in tested])
     return EvalResult(tuple(tested), file)
+
+
+def compare(config: FedTuneConfig, adapters: Mapping[str, Path], out: Path) -> list[BenchmarkResult]:
+    """Score the base and `adapters` (names to folders) on every benchmark of the config's challenge.
+
+    Args:
+        config: Its base model, quantized as in training, and its challenge.
+        adapters: The adapters' folders by their names in the table.
+        out: Folder of the results.
+    """
+    benches = load_preset("challenge", config.challenge).benchmarks if config.challenge else ()
+    settings = EvalSettings(
+        model=config.model,
+        subjects=(Subject(BASE), *(Subject(name, folder) for name, folder in adapters.items())),
+        selections=tuple(selection for bench in benches for selection in parse_bench(bench)),
+        out=out,
+    )
+    return list(evaluate(settings).results)
 
 
 def _open_scorer(settings: EvalSettings, listener: Listener | None) -> AbstractContextManager[Scorer]:
@@ -166,7 +188,7 @@ def _answer(
     answered, right = 0, count_right(journal.outputs.items())
     for replies, tokens in _replies(base, settings, questions, journal):
         if not answered:
-            right = count_right(journal.outputs.items())  # the journal may have set earlier answers aside
+            right = count_right(journal.outputs.items())  # the journal may have dropped answers of another path
         journal.add(replies, time.monotonic() - last, tokens)
         answered += len(replies)
         right += count_right((reply.index, reply.text) for reply in replies)
@@ -239,7 +261,7 @@ def _verify(base: Base, settings: EvalSettings, questions: QuestionSet, journal:
         if task.output(plain.text) == output:
             equal += 1
         else:
-            ties += is_tie(base, plain, lambda text, output=output: output.startswith(task.output(text)))  # type: ignore[misc]
+            ties += is_tie(base, plain, output, task.output)
     gaps = sorted(gap for gap in journal.gaps.values() if gap is not None)
     return Agreement(count, equal, tuple(gaps[:5]), ties)
 

@@ -35,10 +35,11 @@ def build_prompts(base: Base, questions: QuestionSet, settings: EvalSettings) ->
     tokens = dict(zip(by_prompt, tokenize(base, [task.wrap(prompt) for prompt in by_prompt]), strict=True))
     if settings.mode == "official" and task.padded_batches is not None:
         tokens = {prompt: ids[: task.padded_batches.max_length] for prompt, ids in tokens.items()}
+    golds = base.tokenizer([question.gold for question in questions.questions], add_special_tokens=False)["input_ids"]
     counted = TokenCounts(
         questions.questions,
         prompts=[len(tokens[question.prompt]) for question in questions.questions],
-        of_texts=lambda texts: [len(ids) for ids in base.tokenizer(texts, add_special_tokens=False)["input_ids"]],
+        golds=[len(ids) for ids in golds],
         batch_size=settings.batch_size,
     )
     new_tokens = task.new_tokens(counted)

@@ -215,7 +215,7 @@ def cannot_write(folder: Path, error: OSError) -> MissingError:
     """Return the error for a folder that cannot be written."""
     return MissingError(
         f"Results cannot be written to {folder}: {error.strerror or error}.",
-        hint="Free space there or choose another folder, --out DIR. The same command continues where it stopped.",
+        hint="Free space there or choose another folder, --out DIR. The same command then continues where it stopped.",
     )
 
 

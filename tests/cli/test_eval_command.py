@@ -209,7 +209,7 @@ def test_lm_eval_on_other_families(tmp_path: Path, family: str) -> None:
             2,
             "Omit --protocol",
         ),
-        (["--bench", "tiny", "--peft", "peft_1", "stray.json"], 2, "stray.json belongs to no option"),
+        (["--bench", "tiny", "--peft", "peft_1", "stray.json"], 2, "stray.json does not belong to an option"),
         (["--rescore", "missing.json"], 3, "no file missing.json"),
         (["--rescore", "garbage.json"], 2, "garbage.json is not a generation file"),
     ],

@@ -110,7 +110,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(base: Base, monkeypatch: py
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(fast, "_answer_batch", none)
-    with pytest.raises(MissingError, match="does not hold one question"):
+    with pytest.raises(MissingError, match="does not fit in the device"):
         list(answer(base, requests, Budget(4096)))
 
 
@@ -146,7 +146,7 @@ def test_the_first_gold_of_a_batch_sets_the_new_tokens(base: Base) -> None:
 
     def new_tokens(rows: list[Question], batch_size: int) -> list[int]:
         task = all_tasks()["pubmedqa"]
-        return task.new_tokens(TokenCounts(rows, [], lambda texts: [count[text] for text in texts], batch_size))
+        return task.new_tokens(TokenCounts(rows, [], [count[each.gold] for each in rows], batch_size))
 
     assert count["maybe"] > count["A"] == 1
     rows = [question(str(number), "maybe" if number in (0, 5) else "A") for number in range(8)]

@@ -83,7 +83,6 @@ def test_every_task_has_its_facts(name: str) -> None:
     assert Path(base.__file__).with_name(f"{name}.py").is_file()
     assert bench.instruction.endswith(".")
     assert "\n" not in bench.instruction
-    assert 0 < bench.chance < 1
     assert bench.sources or bench.shipped
     assert all(source.revision is None or len(source.revision) == 40 for source in bench.sources)
     assert all(part.sha256 is None or len(part.sha256) == 64 for part in bench.parts.values())
@@ -206,7 +205,6 @@ TASK = CapitalsTask(
     name="capitals",
     title="Capitals",
     instruction="Name the capital.",
-    chance=0.5,
     fields=("country", "city"),
     ask=lambda row: (f"Name the capital.\\n{text_of(row, 'country')}: ", text_of(row, "city")),
     parts={"": Part(2)},

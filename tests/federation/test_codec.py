@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedtune.budget.count import PACKED, PACKED_FORMATS, wire_bytes
 from fedtune.budget.plan import plan
 from fedtune.config.load import load_config
-from fedtune.evaluation.compare import compare
+from fedtune.evaluation.driver import compare
 from fedtune.federation.client import OWED, _reply
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.codec import pack, unpack

@@ -1,1 +1,1 @@
-"""The ways to get answers from a model: in fast batches, in the leaderboard's official arithmetic, and through lm-eval."""
+"""The backends that get answers from a model: fast batches, the leaderboard's official arithmetic, and lm-eval."""

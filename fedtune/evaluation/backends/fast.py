@@ -157,7 +157,7 @@ def answer(
         The replies of one batch.
 
     Raises:
-        MissingError: the device's memory does not hold a single question.
+        MissingError: a single question does not fit in the device's memory.
         UnsupportedPathError: the model does not allow this path.
     """
     work = work if work is not None else Work()
@@ -196,7 +196,7 @@ def answer(
 
 def memory_error(length: int) -> MissingError:
     """Return the error for a question of `length` tokens that does not fit in memory."""
-    return MissingError(f"The device's memory does not hold one question of {length} tokens.")
+    return MissingError(f"One question of {length} tokens does not fit in the device's memory.")
 
 
 def smallest_window(model: Any) -> int | None:

@@ -7,9 +7,9 @@ benchmark's prompts on each path in turn, until the answers of one agree with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ ONE_BY_ONE = "one-by-one generation"
 """Name of the path without batches."""
 
 MOST_STEPS = 8
-"""Most new tokens that the probe compares; a longer prompt takes the place of longer answers."""
+"""Most new tokens that the probe compares; a longer prompt represents longer answers."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
@@ -107,7 +107,7 @@ def choose_path(base: Base, requests: Sequence[Request], budget: Budget) -> Choi
 def _generate(base: Base, samples: Sequence[Request]) -> list[Reply]:
     """Return the replies of the model's own `generate`, one prompt at a time, with their logits."""
     try:
-        return list(_all(answer_one_by_one(base, samples, keep_logits=True)))
+        return list(chain.from_iterable(answer_one_by_one(base, samples, keep_logits=True)))
     except Exception as error:
         if is_out_of_memory(error):
             raise memory_error(max(len(sample.tokens) for sample in samples)) from None
@@ -215,8 +215,9 @@ def _difference(
     base: Base, path: AnswerPath, samples: Sequence[Request], plain: Sequence[Reply], budget: Budget
 ) -> str:
     """Return how a path's replies differ from those of one-by-one generation; an empty text if they do not."""
+    batches = answer(base, samples, budget, path=path, keep_logits=True)
     try:
-        replies = {reply.index: reply for reply in _all(answer(base, samples, budget, path=path, keep_logits=True))}
+        replies = {reply.index: reply for reply in chain.from_iterable(batches)}
     except FedTuneError:
         raise
     except UnsupportedPathError as unsupported:
@@ -231,11 +232,6 @@ def _difference(
     return ""
 
 
-def _all(batches: Iterator[list[Reply]]) -> Iterator[Reply]:
-    for batch in batches:
-        yield from batch
-
-
 def tolerance_of(base: Base) -> float:
     """Return by which share of the largest logit rounding alone may change a logit.
 
@@ -245,17 +241,19 @@ def tolerance_of(base: Base) -> float:
     return 1e-3 if exact else 5e-2
 
 
-def is_tie(base: Base, plain: Reply, agrees: Callable[[str], bool]) -> bool:
+def is_tie(base: Base, plain: Reply, output: str, extract: Callable[[str], str]) -> bool:
     """Return whether rounding alone decides the first token at which another answer differs from the plain one.
 
     Args:
         base: The base model.
         plain: The answer of one-by-one generation, with its logits.
-        agrees: Whether the other answer begins with a text.
+        output: The other answer.
+        extract: From generated text to the part that is an answer.
     """
     assert plain.logits is not None
     for step, logits in enumerate(plain.logits):
-        if not agrees(base.tokenizer.decode(plain.tokens[: step + 1], skip_special_tokens=True)):
+        text = base.tokenizer.decode(plain.tokens[: step + 1], skip_special_tokens=True)
+        if not output.startswith(extract(text)):
             best = logits.topk(2).values
             return bool(best[0] - best[1] <= _TIE * tolerance_of(base) * logits[logits.isfinite()].abs().max())
     return False

@@ -56,7 +56,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set on the hub that holds a benchmark's rows."""
+    """A data set on the hub with a benchmark's rows."""
 
     hub_id: str
     split: str
@@ -87,10 +87,10 @@ class Part:
 
 @dataclass(frozen=True)
 class LmEvalTask:
-    """The task of lm-eval that asks a benchmark's questions."""
+    """The task of lm-eval with a benchmark's questions."""
 
     name: str
-    """`{part}` stands for MMLU's subject."""
+    """With `{part}` for MMLU's subject."""
     file: str
     """Its YAML file below lm-eval's folder of tasks."""
     convert: Callable[[Row], Row] = dict
@@ -115,8 +115,8 @@ class TokenCounts:
     questions: Sequence[Question]
     prompts: Sequence[int]
     """Length of each question's wrapped prompt."""
-    of_texts: Callable[[list[str]], list[int]]
-    """Counts the tokens of texts, without special tokens."""
+    golds: Sequence[int]
+    """Length of each question's right answer, without special tokens."""
     batch_size: int
     """The protocol's, in questions."""
 
@@ -140,8 +140,6 @@ class Task(ABC):
     title: str
     instruction: str
     """First line of every prompt; for sentiment the part after `Instruction: `."""
-    chance: float
-    """Accuracy of a uniform guess among the answers."""
     fields: tuple[str, ...]
     """Fields that a row must have (protocol, sections 4 and 5)."""
     ask: Callable[[Row], tuple[str, str]]

@@ -24,7 +24,6 @@ TASK = ChoiceTask(
     name="careqa",
     title="CareQA",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", *OPTIONS, "cop"),
     more_fields=("exam_id", "category", "year", "unique_id"),
     ask=ask_choice(INSTRUCTION, OPTIONS, first=1),

@@ -25,7 +25,6 @@ TASK = SentimentTask(
     title="FIQA",
     instruction=finance_instruction("news"),
     other_instructions=(finance_instruction("tweet"),),
-    chance=1 / 3,
     fields=("sentence", "sentiment_score", "format"),
     more_fields=("_id", "aspect", "aspects", "snippets", "target", "label"),
     ask=ask,

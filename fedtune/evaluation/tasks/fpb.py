@@ -22,7 +22,6 @@ TASK = SentimentTask(
     name="fpb",
     title="FPB",
     instruction=finance_instruction("news"),
-    chance=1 / 3,
     fields=("sentence", "label"),
     ask=ask,
     parts={"": Part(1212, "c6b8396b1997544bd6792e43426884c522ee9f036f4f7da27560cacbdde3bb11")},

@@ -29,7 +29,6 @@ TASK = ChoiceTask(
     name="medmcqa",
     title="MedMCQA",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", *OPTIONS, "cop"),
     more_fields=("id", "choice_type", "exp", "subject_name", "topic_name"),
     ask=ask_choice(INSTRUCTION, OPTIONS, first=0),

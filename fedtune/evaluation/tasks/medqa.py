@@ -63,7 +63,6 @@ TASK = ChoiceTask(
     name="medqa",
     title="MedQA",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", "options", "answer"),
     more_fields=("answer_idx", "meta_info", "metamap_phrases"),
     ask=ask,

@@ -129,7 +129,6 @@ TASK = ChoiceTask(
     name="mmlu",
     title="MMLU",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("input", *LETTERS, "target"),
     ask=ask,
     parts={subject: part for subjects in SUBJECTS.values() for subject, part in subjects.items()},

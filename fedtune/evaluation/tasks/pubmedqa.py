@@ -62,7 +62,6 @@ TASK = YesNoTask(
     name="pubmedqa",
     title="PubMedQA",
     instruction=INSTRUCTION,
-    chance=1 / 3,
     fields=("CONTEXTS", "QUESTION", "final_decision"),
     more_fields=("LONG_ANSWER", "LABELS", "MESHES", "YEAR", "reasoning_required_pred", "reasoning_free_pred"),
     ask=ask,

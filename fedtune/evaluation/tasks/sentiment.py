@@ -76,7 +76,7 @@ class SentimentTask(Task):
 
 
 def _sentiment_in(text: str) -> tuple[str, bool]:
-    """Return the sentiment that a text names, and whether it names one; `neutral` stands for none."""
+    """Return the sentiment that a text names, by default `neutral`, and whether it names one."""
     found = next((each for each in SENTIMENTS if each in text or each.capitalize() in text), None)
     return found or "neutral", found is not None
 

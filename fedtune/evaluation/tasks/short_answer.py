@@ -27,14 +27,13 @@ class ShortAnswerTask(Task):
         Questions with the same prompt get the last one's number, because the last one's output is stored for all.
         """
         size = counted.batch_size
-        golds = counted.of_texts([question.gold for question in counted.questions[::size]])
-        last = {question.prompt: golds[index // size] for index, question in enumerate(counted.questions)}
+        last = {question.prompt: counted.golds[n // size * size] for n, question in enumerate(counted.questions)}
         return [last[question.prompt] for question in counted.questions]
 
     def score(self, question: Question, output: str) -> Prediction:
         """Compare the output's letter or word with the right answer.
 
-        >>> task = ChoiceTask("x", "X", "Answer.", 0.25, (), ask=lambda row: ("", ""), parts={})
+        >>> task = ChoiceTask("x", "X", "Answer.", (), ask=lambda row: ("", ""), parts={})
         >>> task.score(Question("x/0", "", "B"), "B. Because")
         Prediction(value='b', parsed=True, correct=True)
         """
@@ -74,7 +73,7 @@ class YesNoTask(ShortAnswerTask):
         return text.replace(doubled, single) if doubled else text
 
     def _is_other_answer(self, raw: str) -> bool:
-        # The leaderboard does not accept "maybe", yet compares an output of exactly that as it stands.
+        # The leaderboard does not accept "maybe", but it compares an unparsed output with the right answer.
         return raw == "maybe"
 
 

@@ -23,7 +23,6 @@ TASK = SentimentTask(
     name="tfns",
     title="TFNS",
     instruction=finance_instruction("tweet"),
-    chance=1 / 3,
     fields=("text", "label"),
     ask=ask,
     # The content hash is not known yet.

@@ -24,7 +24,6 @@ TASK = ChoiceTask(
     name="tiny",
     title="Tiny",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", *OPTIONS, "cop", "subject"),
     ask=ask_choice(INSTRUCTION, OPTIONS, first=0),
     parts={"": Part(None)},
