@@ -1,12 +1,14 @@
 """evaluate() on the tiny base: several adapters in one call, files, interruption, both modes, finance."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -175,6 +177,26 @@ def test_what_is_written(adapters: list[Path], tmp_path: Path) -> None:
     assert adapter["against_base"]["p_value"] == test.p_value
     assert adapter["against_base"]["difference"] == pytest.approx(adapter["accuracy"] - base["accuracy"])
     assert (tmp_path / "acc_tiny_base_fast.txt").read_text() == f"Accuracy: {base['accuracy']!r}. "
+
+
+def test_no_module_calls_back_into_the_driver(adapters: list[Path], tmp_path: Path) -> None:
+    callers: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or frame.f_globals.get("__name__") != driver.__name__:
+            return
+        above = frame.f_back
+        while above is not None and not above.f_globals.get("__name__", "").startswith("fedtune."):
+            above = above.f_back
+        callers.add(above.f_globals["__name__"] if above is not None else "a user")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        evaluate(settings_of(tmp_path, None, adapters[0], limit=4, verify=2))
+    finally:
+        sys.setprofile(before)
+    assert callers == {"a user", driver.__name__}
 
 
 def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> None:
