@@ -127,7 +127,7 @@ def _score_one(
     label = settings.label(subject)
     name = "_".join(filter(None, (task.name, selection.category, label)))
     journal = open_journal(settings.out / "answers", name, details)
-    if not journal.outputs.keys() >= set(range(questions.count)):
+    if set(range(questions.count)) - journal.outputs.keys():
         _answer(slot.attach(subject), settings, subject, questions, journal, listener)
         try:
             slot.check_base(subject)

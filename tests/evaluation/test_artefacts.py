@@ -1,4 +1,4 @@
-"""The leaderboard's files: to the byte, and back; whatever is not one is refused in one sentence."""
+"""The leaderboard's files: written to the byte, read back, and other files refused in one sentence."""
 
 import json
 from contextlib import suppress
@@ -19,7 +19,7 @@ from fedtune.evaluation.tasks.short_answer import choice_prompt, plain_prompt
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published runs are not at hand")
 
-# Lone surrogates come out of no tokenizer, and pandas refuses them.
+# Without lone surrogates, which no tokenizer returns and pandas refuses.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
@@ -59,7 +59,7 @@ def test_names_and_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["", "a/b", "a/"])
-def test_a_run_that_is_no_name_is_refused(tmp_path: Path, run: str) -> None:
+def test_a_run_that_is_not_a_file_name_is_refused(tmp_path: Path, run: str) -> None:
     with pytest.raises(UsageError, match="file name"):
         artefact_paths(tmp_path, parse_bench("medqa")[0], run)
 
@@ -82,7 +82,7 @@ def test_generations_are_what_pandas_writes(pairs: list[tuple[str, str]]) -> Non
     assert lines_text(answers) == pd.DataFrame(lines).to_json(orient="records", lines=True)
 
 
-def test_rescore_of_our_own_files(tmp_path: Path) -> None:
+def test_rescore_of_own_files(tmp_path: Path) -> None:
     answers = choices(("A", "A"), ("B", "A"), ("C", "The"), subset="anatomy")
     path = write_artefacts(tmp_path, parse_bench("mmlu:anatomy")[0], "r", answers, 1 / 3).generations
     result = rescore(path)
@@ -113,7 +113,7 @@ def test_rescore_of_our_own_files(tmp_path: Path) -> None:
         ("x.json", [answer(plain_prompt(pubmedqa.INSTRUCTION, "Is it?"), "no", "No")], "pubmedqa", "yes-no"),
     ],
 )  # fmt: skip
-def test_content_tells_the_benchmark(
+def test_content_identifies_the_benchmark(
     tmp_path: Path, name: str, answers: list[Answer], benchmark: str, answer_type: str
 ) -> None:
     path = tmp_path / name

@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters of one form, and one of another rank and alpha; each loud enough to change answers."""
+    """Two adapters of one form, and one of another rank and alpha; each changes some answers."""
     folder = tmp_path_factory.mktemp("adapters")
     base = load_base(MODEL)
     paths = []
@@ -77,7 +77,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
-    """Every load of a base model is noted here."""
+    """The configs of all base models that are loaded."""
     noted: list[ModelConfig] = []
 
     def load(config: ModelConfig) -> Base:
@@ -104,7 +104,7 @@ def settings_of(out: Path, *subjects: Path | None, bench: str = "tiny", **change
 
 
 def outputs(result: EvalResult, place: int = 0) -> list[str]:
-    """The outputs as the leaderboard's file has them."""
+    """The outputs in the leaderboard's file."""
     each = result.results[place]
     name = "_".join(filter(None, (each.bench.replace(":", "_"), each.label)))
     text = (result.file.parent / f"generation_{name}.jsonl").read_text()
@@ -112,7 +112,7 @@ def outputs(result: EvalResult, place: int = 0) -> list[str]:
 
 
 def plainly(adapter: Path | None, limit: int = 24) -> list[str]:
-    """The outputs of a base of its own, one prompt at a time."""
+    """The outputs of another base model, one prompt at a time."""
     base = load_base(MODEL)
     if adapter is not None:
         saved = read_adapter(adapter)
@@ -127,7 +127,7 @@ def plainly(adapter: Path | None, limit: int = 24) -> list[str]:
 def test_one_base_for_all_and_the_order_does_not_matter(
     adapters: list[Path], loads: list[ModelConfig], tmp_path: Path
 ) -> None:
-    """Swapped in place: the same form, another form, the bare base in between and after."""
+    """Adapters are exchanged in place: one of the same form, one of another form, and none."""
     a, b, c = adapters
     expected = {None: plainly(None), a: plainly(a), b: plainly(b), c: plainly(c)}
     assert len({tuple(each) for each in expected.values()}) > 1  # adapters this loud say something else
@@ -139,7 +139,7 @@ def test_one_base_for_all_and_the_order_does_not_matter(
             assert outputs(result, place) == expected[subject]
 
 
-def test_what_is_written(adapters: list[Path], tmp_path: Path) -> None:
+def test_files_and_records(adapters: list[Path], tmp_path: Path) -> None:
     settings = replace(settings_of(tmp_path, None, adapters[0], bench="tiny"), limit=None)
     result = evaluate(settings)
     names = {path.name for path in tmp_path.iterdir()}
@@ -199,8 +199,8 @@ def test_no_module_calls_back_into_the_driver(adapters: list[Path], tmp_path: Pa
     assert callers == {"a user", driver.__name__}
 
 
-def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> None:
-    """Official, fast, part of the questions, other weights: files and records of their own, and no answer is lost."""
+def test_other_settings_have_their_own_files(adapters: list[Path], tmp_path: Path) -> None:
+    """Official mode, fast mode, some of the questions and other weights have their own files, records and journals."""
     few = tmp_path / "data"
     lines(few / "tiny.jsonl", [json.loads(line) for line in SHIPPED.read_text().splitlines()[:8]])
     out = tmp_path / "out"
@@ -215,7 +215,7 @@ def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> No
     assert len(list((out / "answers").iterdir())) == len(names)
 
 
-def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_calls_that_end_together_keep_all_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path, None)
     (result,) = evaluate(settings).results
     write = results.write_text
@@ -252,7 +252,7 @@ def places_in(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["fast", "official"])
-def test_a_torn_line_and_what_follows_are_asked_again(
+def test_a_cut_line_and_all_after_it_are_answered_again(
     tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(tmp_path, None, mode=mode)
@@ -272,7 +272,7 @@ def test_a_torn_line_and_what_follows_are_asked_again(
 
 
 @pytest.mark.parametrize("damage", ["garbage", "a line that is no answer", "another head", "nothing"])
-def test_a_damaged_journal_is_kept_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_journal_is_renamed_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     settings = settings_of(tmp_path, None, limit=8)
     whole = evaluate(settings)
     path = journal_of(tmp_path, "tiny_base_fast_first8")
@@ -292,7 +292,7 @@ def test_a_damaged_journal_is_kept_aside(tmp_path: Path, caplog: pytest.LogCaptu
     assert any(str(path) in text and aside.name in text for text in caplog.messages)
 
 
-def test_a_torn_last_line_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cut_last_line_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = settings_of(tmp_path, None, limit=8)
     evaluate(settings)
     path = journal_of(tmp_path, "tiny_base_fast_first8")
@@ -308,7 +308,7 @@ def test_a_torn_last_line_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_answers_of_two_paths_are_not_mixed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A journal that another path began is set aside; one that is complete keeps the path that it names."""
+    """An incomplete journal of another path is renamed; a complete one keeps its path."""
     settings = settings_of(tmp_path, None, limit=8)
     first = evaluate(settings).results[0]
     assert first.answer_path == "shared prefixes"
@@ -331,7 +331,7 @@ def test_answers_of_two_paths_are_not_mixed(
 
 
 @pytest.mark.parametrize("content", ['[{"bench": "ti', "{}", '[{"format": 99}]'])
-def test_results_that_are_refused_cost_no_question(tmp_path: Path, loads: list[ModelConfig], content: str) -> None:
+def test_results_are_refused_before_the_first_answer(tmp_path: Path, loads: list[ModelConfig], content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(MissingError, match=r"results\.json"):
         evaluate(settings_of(tmp_path, None))
@@ -339,7 +339,7 @@ def test_results_that_are_refused_cost_no_question(tmp_path: Path, loads: list[M
     assert (tmp_path / "results.json").read_text() == content
 
 
-def test_a_full_disk_in_the_middle_is_said_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_and_the_next_call_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path, None, limit=8)
 
     def full(*_: Any) -> None:
@@ -367,25 +367,25 @@ def test_other_settings_start_a_new_journal(adapters: list[Path], loads: list[Mo
             table = json.loads((adapter / "adapter_config.json").read_text())
             (adapter / "adapter_config.json").write_text(json.dumps(table | changes))
 
-    def asked(**changes: Any) -> int:
+    def answered(**changes: Any) -> int:
         heard: list[EvalProgress] = []
         evaluate(settings_of(tmp_path / "out", adapter, **{"limit": 6, "data_dir": data, **changes}), heard.append)
         return heard[-1].answered if heard else 0
 
     lines(data / "tiny.jsonl", rows)
     copy(adapters[0])
-    assert asked() == 6
-    assert asked() == 0
-    assert asked(limit=7) == 7
+    assert answered() == 6
+    assert answered() == 0
+    assert answered(limit=7) == 7
     copy(adapters[1])  # other weights under the same name
-    assert asked() == 6
+    assert answered() == 6
     copy(adapters[1], lora_alpha=8)  # the same weights, scaled otherwise
-    assert asked() == 6
+    assert answered() == 6
     lines(data / "tiny.jsonl", [rows[0] | {"question": "Other words?"}, *rows[1:]])
-    assert asked() == 6
+    assert answered() == 6
     copy(adapters[0])
     lines(data / "tiny.jsonl", rows)
-    assert asked() == 0  # as in the beginning
+    assert answered() == 0  # as in the beginning
 
 
 def test_official_equals_fast(adapters: list[Path], tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.asked, found.equal) == (10, 10)
     assert list(found.smallest_gaps) == sorted(found.smallest_gaps)
     assert len(found.smallest_gaps) == 5
-    # Told otherwise, it says so.
+    # With changed outputs in the journal.
     path = journal_of(tmp_path, "tiny_base_fast_first24")
     path.write_text(path.read_text().replace('"output": "', '"output": "~'))
     again = evaluate(settings).results[0].agreement
@@ -423,7 +423,7 @@ def test_limit_marks_partial(tmp_path: Path) -> None:
         evaluate(settings_of(tmp_path, None, limit=0))
 
 
-def test_a_prompt_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_share_one_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 0}
     rows = [{"question": text, **row} for text in ("One?", "Two?", "One?", "Three?", "One?")]
     lines(tmp_path / "medmcqa.jsonl", rows)
@@ -442,7 +442,7 @@ def test_a_prompt_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (only,) = result.results
     assert any("2 of 5 rows repeat an earlier prompt" in text for text in only.findings)
     assert any("5 rows, the official data 4183" in text for text in only.findings)
-    # Torn between the rows of one prompt: only what is missing is written again.
+    # Cut between the rows of one prompt: only the missing row is written again.
     path = journal_of(tmp_path / "out", "medmcqa_base_fast")
     kept = [line for line in path.read_text().splitlines() if '"place": 4' not in line]
     path.write_text("\n".join(kept) + "\n")
@@ -463,10 +463,10 @@ def test_mmlu_has_a_row_for_every_subject(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "acc_mmlu_stem_base_fast.txt").is_file()
 
 
-def test_an_answer_that_is_complete_costs_no_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows end at different steps, by a stop token (5) or their number of new tokens; what follows in a row is not kept."""
+def test_a_complete_answer_takes_no_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows end at different steps, by a stop token (5) or their number of new tokens; the tokens after it are dropped."""
     base = load_base(MODEL)
-    # A list a pass: the shared prefix, then each step.
+    # One list per pass: the shared prefix, then each step.
     script = [[0], [5, 20, 20, 20], [20, 20, 20, 20], [20, 5, 20, 20], [20, 20, 20, 5], [5, 5, 5, 5]]
     calls: list[int] = []
 
@@ -495,8 +495,8 @@ def limit_finance(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
 
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
-def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -> None:
-    """Without a pad token of its own the tokenizer gets one and the embeddings a row, for the batches alone."""
+def test_the_official_finance_mode_restores_the_base(pad_is_end: bool) -> None:
+    """A tokenizer without its own pad token gets one, and the embeddings a row, only during the batches."""
     base = load_base(ModelConfig(base="builtin:tiny", quantization="none"))
     tokenizer, weight = base.tokenizer, base.model.get_input_embeddings().weight
     tokenizer.pad_token = tokenizer.eos_token if pad_is_end else None
@@ -526,10 +526,10 @@ def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -
     ],
     ids=["embedding", "head", "whole"],
 )
-def test_the_official_finance_mode_refuses_adapted_embeddings_before_it_asks(
+def test_the_official_finance_mode_refuses_adapted_embeddings_before_the_first_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
-    """Only where the base has no pad token of its own; the fast mode, and the base itself afterwards, are scored."""
+    """Only where the base has no pad token; the fast mode still works, and so does the base afterwards."""
 
     def load(config: ModelConfig) -> Base:
         base = load_base(config)
@@ -570,7 +570,7 @@ def test_the_official_finance_mode_refuses_adapted_embeddings_before_it_asks(
 
 
 def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both modes; the official one in its padded batches of 32, of which only the unfinished ones are asked again."""
+    """Both modes; the official one has padded batches of 32, of which only the unfinished ones are repeated."""
     limit_finance(monkeypatch, 230)
     lines(tmp_path / "fpb.jsonl", FPB)
     settings = settings_of(tmp_path / "out", None, bench="fpb", data_dir=tmp_path, limit=None, verify=2)
@@ -602,7 +602,7 @@ def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_adapter_that_does_not_fit(adapters: list[Path], loads: list[ModelConfig], tmp_path: Path) -> None:
-    """Said before the first question is asked where the files show it, and before anything is written otherwise."""
+    """The error comes before the first answer where the files show it, and otherwise before results are written."""
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_config.json").write_bytes((adapters[0] / "adapter_config.json").read_bytes())
@@ -620,7 +620,7 @@ def test_an_adapter_that_does_not_fit(adapters: list[Path], loads: list[ModelCon
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_names_tell_adapters_apart(adapters: list[Path], tmp_path: Path) -> None:
+def test_names_of_adapters_are_unique(adapters: list[Path], tmp_path: Path) -> None:
     def folder(path: str) -> str:
         (tmp_path / path).mkdir(parents=True)
         for file in adapters[0].iterdir():
@@ -669,7 +669,7 @@ def test_bases_of_adapters(adapters: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_hub_base_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit that a branch means is part of what is recorded, and of what a journal is about."""
+    """Results and journals contain the commit of a branch."""
     commit = "c" * 40
     resolved: Callable[..., Any] = lambda config, only_config: type("Resolved", (), {"revision": commit})  # noqa: E731
     monkeypatch.setattr(provenance, "resolve_base", resolved)

@@ -1,4 +1,4 @@
-"""Every family of models answers, on whichever path the probe finds exact, as it does one prompt at a time.
+"""Every model family gives the same answers on the path that the probe chooses as one prompt at a time.
 
 `pytest -m slow tests/evaluation/test_families.py` prints a table: family, benchmark, equal answers, path, and why.
 """
@@ -33,8 +33,8 @@ QUICK = {
     "bloom": (OWN_MASKS, OWN_MASKS),
     "mamba": (LEFT, RIGHT),
 }
-"""Families that are tried by default, with their paths on FPB, which writes texts, and on the tiny benchmark, which writes one
-letter: there nothing follows the padding that a window or a running state could lose."""
+"""Families of the default tests, with their paths on FPB, whose answers are texts, and on the tiny benchmark, whose answers are
+one letter: there no token follows the padding that a window or a running state could lose."""
 
 SENTENCE = "profit rose fell sharply in the third quarter as net sales grew and the company sold its unit"
 
@@ -74,7 +74,7 @@ def test_a_family_answers_as_one_by_one(family: str, tmp_path: Path, monkeypatch
     assert tuple(result.answer_path for result in results) == QUICK[family]
 
 
-def test_a_model_whose_answers_are_drawn_at_random_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_random_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reformer's attention hashes tokens into buckets with random directions, also in evaluation."""
     with pytest.raises(UsageError, match="reformer model computes other logits each time"):
         answered("reformer", tmp_path, monkeypatch)

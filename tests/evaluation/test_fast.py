@@ -1,4 +1,4 @@
-"""The fast path against the plain one: same outputs on the same weights in float32, whatever is batched and shared."""
+"""The fast mode equals one-by-one generation on the same weights in float32, with batches and shared prefixes."""
 
 import random
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_fast_equals_plain_on_two_thousand_real_questions(base: Base, shared_dat
 
 
 def test_fast_equals_plain_on_real_questions(base: Base, shared_data: Path) -> None:
-    """A sample of every real benchmark that is here; make test-slow takes 2,000."""
+    """A sample of every real benchmark that is available; make test-slow uses 2,000 questions."""
     requests = []
     for bench, limit in (("medmcqa", 100), ("medqa", 25), ("pubmedqa", 15), ("mmlu:anatomy", 40)):
         requests += requests_of(base, bench, shared_data / "benchmarks", limit)
@@ -65,7 +65,7 @@ def test_fast_equals_plain_on_real_questions(base: Base, shared_data: Path) -> N
 
 
 def test_long_answers_equal_too(base: Base) -> None:
-    """Several new tokens: the key-values behind right padding must not be seen."""
+    """With several new tokens: attention must not read the key-values of right padding."""
     requests = [Request(one.tokens, 1 + number % 7) for number, one in enumerate(requests_of(base, "tiny")[:60])]
     plain = texts(answer_one_by_one(base, requests))
     assert texts(answer(base, requests, Budget(4096))) == plain
@@ -75,7 +75,7 @@ def test_long_answers_equal_too(base: Base) -> None:
     assert texts(answer(base, prose, Budget(500))) == texts(answer_one_by_one(base, prose))
 
 
-def test_an_adapter_acts(base: Base) -> None:
+def test_an_adapter_changes_answers(base: Base) -> None:
     requests = requests_of(base, "tiny")[:32]
     bare = texts(answer(base, requests, Budget(2048)))
     adapted = attach(base, AdapterConfig(rank=4, alpha=64, targets="all-linear"))
@@ -90,7 +90,7 @@ def test_an_adapter_acts(base: Base) -> None:
     assert texts(answer(base, requests, Budget(2048))) == bare
 
 
-def test_out_of_memory_halves_the_budget_and_goes_on(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_budget_and_continues(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = requests_of(base, "tiny")[:40]
     plain = texts(answer(base, requests, Budget(4096)))
     real = fast._answer_batch
@@ -129,7 +129,7 @@ def test_groups_are_a_partition_with_common_prefixes(sequences: list[tuple[int, 
 
 
 def test_two_instructions_make_two_groups() -> None:
-    """As in FIQA, whose posts and headlines are asked in different words."""
+    """As in FIQA, whose posts and headlines have different instructions."""
     rng = random.Random(0)
     sequences = [(head,) * 30 + (rng.randrange(9), rng.randrange(9)) for head in (1, 2) for _ in range(20)]
     groups = group_by_prefix(sequences)

@@ -1,4 +1,4 @@
-"""Loading questions: files and hub, checked against the official facts; nothing wrong is scored silently."""
+"""Loading questions from files and the hub, and comparing them with the official data."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def bench_of(rows: int | None, sha256: str | None = None, **changes: Any) -> Selection:
-    """MedMCQA's form with other official facts."""
+    """MedMCQA with other official row counts and hashes."""
     return Selection(replace(MEDMCQA, parts={"": Part(rows, sha256)}, **changes))
 
 
@@ -193,7 +193,7 @@ def test_parquet_gives_the_same_questions(tmp_path: Path) -> None:
     assert load_questions(selection, tmp_path).questions == from_parquet
 
 
-def test_tiny_ships_unless_a_file_is_given(tmp_path: Path) -> None:
+def test_tiny_uses_its_own_file_unless_one_is_given(tmp_path: Path) -> None:
     shipped = write(tmp_path / "own", [row(0, subject="taste"), row(1, subject="colour")], "test.jsonl")
     tiny = Selection(replace(all_tasks()["tiny"], shipped=shipped))
     for data_dir in (None, tmp_path):
@@ -209,7 +209,7 @@ def test_tiny_ships_unless_a_file_is_given(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Row] | Exception]:
-    """What each hub id answers; the hub itself is there."""
+    """The rows or the error of each hub id; the hub itself can be reached."""
     answers: dict[str, list[Row] | Exception] = {}
 
     def answer(source: Source, part: str) -> list[Row]:
@@ -223,7 +223,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Row] | Exception]
     return answers
 
 
-def test_first_source_that_holds_the_official_rows_is_taken(sources: dict[str, Any]) -> None:
+def test_the_first_source_with_the_official_rows_is_used(sources: dict[str, Any]) -> None:
     rows = [row(0, extra="columns of the hub do no harm"), row(1)]
     official = hash_of(MEDMCQA, rows)
     chain = (Source("copy/short", "test"), Source("copy/other", "test"), Source("the/original", "test", original=True))
@@ -243,7 +243,7 @@ def test_first_source_that_holds_the_official_rows_is_taken(sources: dict[str, A
     assert "--data-dir" in caught.value.hint
 
 
-def test_a_copy_without_known_hash_is_said_to_be_unverified(sources: dict[str, Any]) -> None:
+def test_a_copy_without_known_hash_is_unverified(sources: dict[str, Any]) -> None:
     rows = [row(0), row(0)]
     copy = bench_of(2, sources=(Source("some/copy", "test", revision="0123456789" * 4),))
     sources["some/copy"] = rows
@@ -313,7 +313,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub.close_session()
 
 
-def test_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> None:
+def test_an_unreachable_hub_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> None:
     with HTTPServer(("127.0.0.1", 0), Silent) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -327,9 +327,11 @@ def test_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, no_pro
     assert time.monotonic() - start < 10
 
 
-def test_hub_that_never_answers_costs_no_more_than_the_wait(monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> None:
+def test_a_hub_that_never_answers_is_an_error_after_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, no_proxy: None
+) -> None:
     monkeypatch.setattr(fedtune.hub, "DEADLINE_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts the connection and sends nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
         with pytest.raises(MissingError, match=r"did not answer within 0\.1 s"):
@@ -384,7 +386,7 @@ def as_medqa_copy(rows: list[dict[str, Any]]) -> list[Row]:
         ("medmcqa", "medmcqa.jsonl", "openlifescienceai/medmcqa", list),
     ],
 )
-def test_a_copy_with_the_official_rows_stands_in(
+def test_a_copy_with_the_official_rows_is_used(
     sources: dict[str, Any], bench: str, file: str, hub_id: str, copy: Callable[[list[dict[str, Any]]], list[Row]]
 ) -> None:
     sources[hub_id] = copy(read(file))

@@ -1,4 +1,4 @@
-"""Questions that a base model cannot take are refused before the first is answered; answers stop at every end of text."""
+"""Questions that a base model cannot read are refused before the first answer; answers stop at every end of text."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_more_tokens_than_positions(tmp_path: Path, mode: Mode, monkeypatch: pyt
 
 
 def test_answers_stop_at_the_tokenizers_and_at_the_generation_configs_end(tmp_path: Path) -> None:
-    """A model that counts: each token's successor is the next id. Both modes stop at whichever end comes first."""
+    """A model whose next token is always the next id. Both modes stop at the first end token."""
     folder = tmp_path / "tiny"
     shutil.copytree(resolve_base(ModelConfig(base=BUILTIN_TINY)).folder, folder)
     words = AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`results.json`: what is read, what is refused with its place, and that nothing refused is written over."""
+"""`results.json`: reading, refusals with their position, and that a refused file is never overwritten."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_the_first_format_is_still_read(tmp_path: Path) -> None:
-    """A bare list of results without `format`, as fedtune wrote it before formats had numbers."""
+    """A list of results without `format`, as early versions of fedtune wrote it."""
     file = tmp_path / "results.json"
     file.write_text(json.dumps([record("old")]))
     add_results(file, [record("new", format=FORMAT)])
@@ -124,7 +124,7 @@ def test_a_directory_in_its_place_is_refused_and_stays(tmp_path: Path) -> None:
     assert file.is_dir()
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"[\xff\xfe]")
     with pytest.raises(MissingError, match="not UTF-8"):
         add_results(tmp_path / "results.json", [record()])
@@ -142,7 +142,7 @@ def test_only_json_numbers_are_written(tmp_path: Path) -> None:
     assert (read["verified"]["smallest_gaps"], read["seconds"]) == ([None, None, 0.5], None)
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MissingError, match=r"Results cannot be written to .*file/out: Not a directory"):
         prepare_folder(tmp_path / "file" / "out")
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_said(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
         with pytest.raises(MissingError, match="Permission denied"):

@@ -1,4 +1,4 @@
-"""The official scoring, rule by rule and over anything that a model may say."""
+"""The official scoring, rule by rule and on any output."""
 
 import pytest
 from hypothesis import given, settings
@@ -109,7 +109,7 @@ def test_score_by_hand() -> None:
     assert result.correct == (True, False, False, True, False, False, True)
 
 
-def test_maybe_counts_only_as_it_stands() -> None:
+def test_maybe_counts_only_as_the_whole_output() -> None:
     result = score(answers(("maybe", "Maybe"), ("maybe", "maybe so"), ("yes", "Yes")), "yes-no")
     assert (result.k, result.unparsed) == (2, 1)
 
