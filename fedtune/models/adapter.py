@@ -495,6 +495,10 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(tensors, config)
 
 
+_PLAUSIBLE_RANK = 2**16
+"""Larger ranks are refused unless a tensor has such a dimension."""
+
+
 def _check_numbers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse ranks and scales that are not numbers, and ranks that no tensor has, for which memory may not suffice."""
     largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
@@ -507,7 +511,7 @@ def _check_numbers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str
                 problem = "which must be a number"
             elif key == "r" and (value < 1 or value != int(value)):
                 problem = "which must be a whole number above 0"
-            elif key == "r" and value > largest:
+            elif key == "r" and value > max(largest, _PLAUSIBLE_RANK):
                 problem = f"and the largest dimension of its tensors is {largest}"
             else:
                 continue

@@ -142,31 +142,34 @@ def test_on_flowers_engines_too(tmp_path: Path, engine: str) -> None:
 
 def flwr_run(tmp_path: Path, path: str) -> subprocess.CompletedProcess[str]:
     """Run the project as the Flower app that it is, which makes its own run directory."""
-    from test_flwr_run import PROJECT, free_port
+    from test_flwr_run import PROJECT, free_port, stop_superlinks
 
     settings = ["federation.rounds=2", "federation.fraction=1.0", "training.max_steps=1"]
     run_config = tmp_path / "run-config.toml"
     config = load_config(challenge="tiny", settings=settings).config
     run_config.write_text(tomli_w.dumps({"fedtune-config": config.model_dump_json()}))
     command = ["flwr", "run", str(PROJECT), "--stream", "--run-config", str(run_config)]
-    return subprocess.run(
-        [*command, "--federation-config", "num-supernodes=8"],
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "FLWR_HOME": str(tmp_path / "home"),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=True,
-    )
+    try:
+        return subprocess.run(
+            [*command, "--federation-config", "num-supernodes=8"],
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "FLWR_HOME": str(tmp_path / "home"),
+                "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+                "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+                "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+                "FLWR_TELEMETRY_ENABLED": "0",
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=True,
+        )
+    finally:
+        stop_superlinks(tmp_path / "home")
 
 
 # --- what a command shows ---------------------------------------------------------------------------------------------

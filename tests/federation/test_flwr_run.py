@@ -37,13 +37,18 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
         "FLWR_TELEMETRY_ENABLED": "0",
     }
     yield environment
+    stop_superlinks(tmp_path / "home")
+
+
+def stop_superlinks(home: Path) -> None:
+    """Stop the SuperLink that `flwr run` has started in the background with this home."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if b"flower-superlink" in words and str(tmp_path / "home").encode() in variables:
+            if b"flower-superlink" in words and str(home).encode() in variables:
                 os.kill(int(entry.name), signal.SIGTERM)
 
 
