@@ -21,10 +21,13 @@ from pathlib import Path
 import torch
 
 from fedtune.config.schema import ModelConfig
-from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, tokenize
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
-from fedtune.evaluation.official import answer_one_by_one, new_tokens
+from fedtune.evaluation.backends.fast import Budget, Work, answer
+from fedtune.evaluation.backends.generation import Reply, Request
+from fedtune.evaluation.backends.official import answer_one_by_one
+from fedtune.evaluation.prompts import build_prompts
+from fedtune.evaluation.settings import EvalSettings
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.models.base import Base, load_base
 
 
@@ -41,11 +44,11 @@ def main() -> int:
 
     work = Work()
     ways: dict[str, Callable[[], Iterator[list[Reply]]]] = {
-        "official": lambda: answer_one_by_one(base, requests, 0),
+        "official": lambda: answer_one_by_one(base, requests),
         "fast": lambda: answer(base, requests, Budget.of(base.device), work),
     }
     # Both once on a few questions first: what is computed at the first use of a model is nobody's time.
-    list(answer_one_by_one(base, requests[:4], 0))
+    list(answer_one_by_one(base, requests[:4]))
     list(answer(base, requests[:16], Budget.of(base.device)))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -56,7 +59,7 @@ def main() -> int:
             replies = [reply for batch in way() for reply in batch]
             seconds[name].append(time.perf_counter() - began)
             cpu_seconds[name].append(time.process_time() - cpu)
-            texts[name] = [reply.text for reply in sorted(replies, key=lambda reply: reply.place)]
+            texts[name] = [reply.text for reply in sorted(replies, key=lambda reply: reply.index)]
             print(f"  {name:8} {seconds[name][-1]:6.2f} s, {cpu_seconds[name][-1]:6.2f} s of CPU", flush=True)
     share = work.computed_tokens / work.prompt_tokens
     equal = sum(one == other for one, other in zip(texts["official"], texts["fast"], strict=True))
@@ -70,9 +73,9 @@ def main() -> int:
 
 def requests_of(base: Base, options: argparse.Namespace) -> list[Request]:
     (selection,) = parse_bench(options.bench)
-    questions = load_questions(selection, options.data_dir, options.questions).questions
-    tokens = tokenize(base, [selection.benchmark.wrap(question.prompt) for question in questions])
-    return [Request(ids, count) for ids, count in zip(tokens, new_tokens(base, questions), strict=True)]
+    questions = load_questions(selection, options.data_dir, options.questions)
+    settings = EvalSettings(ModelConfig(base=options.base), (), (selection,), options.data_dir)
+    return [prompt.request for prompt in build_prompts(base, questions, settings)]
 
 
 def cpu_name() -> str:

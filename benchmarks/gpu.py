@@ -285,13 +285,12 @@ def memory_runs_out(model: Any, rows: Any, shape: Shape) -> dict[str, Any]:
 
 def official_and_fast_answers(proof: Proof, base: Any) -> dict[str, Any]:
     """The leaderboard's way, one prompt at a time in float32, and the fast path in the same arithmetic."""
-    from fedtune.evaluation.answer import pad_token_of
-    from fedtune.evaluation.official import answer_one_by_one
+    from fedtune.evaluation.backends.official import answer_one_by_one
 
     requests = questions(proof.shape)
-    list(answer_one_by_one(base, requests[:2], pad_token_of(base)))
+    list(answer_one_by_one(base, requests[:2]))
     with measured(base.device) as spent:
-        official = [reply for batch in answer_one_by_one(base, requests, pad_token_of(base)) for reply in batch]
+        official = [reply for batch in answer_one_by_one(base, requests) for reply in batch]
     proof.official = [reply.tokens for reply in official]
     fast, spent_fast, path = answered(base, requests)
     differing = [a for a, b in zip(official, fast, strict=True) if a.tokens != b.tokens]
@@ -315,14 +314,14 @@ def fast_answers(proof: Proof, base: Any) -> dict[str, Any]:
 
 def answered(base: Any, requests: Sequence[Any]) -> tuple[list[Any], dict[str, Any], str]:
     """Return the replies of the path that the probe chooses, what it took without the probe, and its name."""
-    from fedtune.evaluation.answer import Budget, answer
-    from fedtune.evaluation.official import answer_one_by_one
-    from fedtune.evaluation.probe import choose_path
+    from fedtune.evaluation.backends.fast import Budget, answer
+    from fedtune.evaluation.backends.official import answer_one_by_one
+    from fedtune.evaluation.backends.probe import choose_path
 
     choice = choose_path(base, requests, Budget.of(base.device))
 
     def once() -> list[Any]:
-        ways = answer_one_by_one(base, requests, 0)
+        ways = answer_one_by_one(base, requests)
         if choice.path is not None:
             ways = answer(base, requests, Budget.of(base.device), path=choice.path)
         return [reply for batch in ways for reply in batch]
@@ -330,12 +329,12 @@ def answered(base: Any, requests: Sequence[Any]) -> tuple[list[Any], dict[str, A
     once()
     with measured(base.device) as spent:
         replies = once()
-    return sorted(replies, key=lambda reply: reply.place), spent, f"{choice.name}: {choice.reason}"
+    return sorted(replies, key=lambda reply: reply.index), spent, f"{choice.name}: {choice.reason}"
 
 
 def questions(shape: Shape) -> list[Any]:
     """Prompts that begin alike and go on for different lengths, as MedMCQA's do; one new token each."""
-    from fedtune.evaluation.answer import Request
+    from fedtune.evaluation.backends.generation import Request
 
     generator = np.random.default_rng(1)
     prefix = tuple(generator.integers(3, shape.vocabulary, shape.prefix).tolist())

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fedtune.budget.plan import plan
     from fedtune.config.load import load_config
     from fedtune.config.schema import FedTuneConfig
-    from fedtune.evaluation.evaluate import EvalSettings, evaluate
+    from fedtune.evaluation.driver import evaluate
+    from fedtune.evaluation.settings import EvalSettings
     from fedtune.export.checkpoint import open_run
     from fedtune.export.publish import publish
     from fedtune.export.targets.folder import export_folder
@@ -41,10 +42,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EvalSettings": "fedtune.evaluation.evaluate",
+    "EvalSettings": "fedtune.evaluation.settings",
     "FedTuneConfig": "fedtune.config.schema",
     "TrainResult": "fedtune.federation.train",
-    "evaluate": "fedtune.evaluation.evaluate",
+    "evaluate": "fedtune.evaluation.driver",
     "export_folder": "fedtune.export.targets.folder",
     "export_merged": "fedtune.export.targets.merged",
     "export_submission": "fedtune.export.targets.submission",

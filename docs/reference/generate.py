@@ -46,8 +46,12 @@ def _command_lines(name: str, command: Command, parent: Context) -> list[str]:
     context = Context(command, info_name=name, parent=parent)
     for parameter in command.params:
         if record := parameter.get_help_record(context):
-            lines.append(f"| `{_usage(parameter, record[0])}` | {record[1].replace('|', chr(92) + '|')} |")
+            lines.append(f"| `{_escape(_usage(parameter, record[0]))}` | {_escape(record[1])} |")
     return [*lines, ""]
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", r"\|")
 
 
 def _usage(parameter: Parameter, text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,18 +11,28 @@ from fedtune.cli import options
 from fedtune.cli.console import guarded, note, print_json, resumable, stdout, warn
 
 if TYPE_CHECKING:
-    from fedtune.evaluation.evaluate import BenchResult, EvalResult
+    from fedtune.evaluation.results import BenchmarkResult, EvalResult
+
+
+def _bench_names() -> list[str]:
+    from fedtune.evaluation.tasks.registry import bench_names
+
+    return bench_names()
 
 
 @guarded
 def evaluate(
     files: Annotated[
-        list[Path] | None, typer.Argument(parser=options.path, metavar="[FILE]...", help="More files for --rescore.")
+        list[Path] | None,
+        typer.Argument(parser=options.path, metavar="[FILE]...", help="More generation files for --rescore."),
     ] = None,
     bench: Annotated[
         list[str] | None,
         typer.Option(
-            "--bench", metavar="NAME", help="A benchmark, mmlu:stem, mmlu:anatomy, or a challenge; may be repeated."
+            "--bench",
+            metavar="NAME",
+            help="A benchmark, mmlu:stem, mmlu:anatomy, or a challenge; may be repeated.",
+            autocompletion=_bench_names,
         ),
     ] = None,
     peft: Annotated[
@@ -38,46 +48,49 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
-            parser=options.path_or_name,
-            metavar="MODEL",
-            help="The base model; the adapter's own unless given.",
+            "--model", parser=options.path_or_name, metavar="MODEL", help="The base model; by default the adapter's."
         ),
     ] = None,
     quantization: Annotated[
-        str | None,
+        Literal["fp4", "nf4", "int8", "none"],
         typer.Option(
-            "--quantization", metavar="KIND", help="fp4 (as the leaderboard, unless given), nf4, int8 or none."
+            "--quantization",
+            show_default=False,
+            help="Of the base model's weights; fp4 by default, as on the leaderboard.",
         ),
-    ] = None,
+    ] = "fp4",
     data_dir: Annotated[
         Path | None,
         typer.Option("--data-dir", parser=options.path, metavar="DIR", help="A folder with the benchmarks' questions."),
     ] = None,
     protocol: Annotated[
-        str,
-        typer.Option("--protocol", metavar="NAME", show_default=False, help="flowertune (unless given) or lm-eval."),
+        Literal["flowertune", "lm-eval"],
+        typer.Option(
+            "--protocol",
+            show_default=False,
+            help="The leaderboard's (flowertune, the default), or lm-eval's own tasks.",
+        ),
     ] = "flowertune",
     mode: Annotated[
-        str,
+        Literal["fast", "official"],
         typer.Option(
-            "--mode", metavar="MODE", show_default=False, help="fast (unless given), or official: one prompt at a time."
+            "--mode", show_default=False, help="fast (the default): in batches; official: one prompt at a time."
         ),
     ] = "fast",
     batch_size: Annotated[
         int,
         typer.Option(
-            "--batch-size", metavar="N", show_default=False, help="The protocol's batches; 16 unless given.", min=1
+            "--batch-size", metavar="N", show_default=False, help="The protocol's batches; 16 by default.", min=1
         ),
     ] = 16,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", metavar="N", help="The first N questions only; the result is marked partial."),
+        typer.Option("--limit", metavar="N", help="Only the first N questions; the result is marked as partial."),
     ] = None,
     verify: Annotated[
         int,
         typer.Option(
-            "--verify", metavar="N", show_default=False, help="Answer N questions both ways and compare.", min=0
+            "--verify", metavar="N", show_default=False, help="Also answer N questions one by one, and compare.", min=0
         ),
     ] = 0,
     rescore: Annotated[
@@ -86,7 +99,7 @@ def evaluate(
             "--rescore",
             parser=options.path,
             metavar="FILE",
-            help="Score existing generations, without a model; may be repeated.",
+            help="Score an existing generation file, without a model; may be repeated.",
         ),
     ] = None,
     runs: Annotated[
@@ -105,13 +118,13 @@ def evaluate(
             "--out",
             parser=options.path,
             metavar="DIR",
-            help="Where results go; the run's benchmarks folder unless given.",
+            help="Folder of the results; by default the run's benchmarks folder.",
         ),
     ] = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Score adapters, and the base they stand on, on the leaderboard's benchmarks.
+    """Score adapters and their base model on the leaderboard's benchmarks.
 
     Example: fedtune eval --bench tiny --peft peft_10 --base
     """
@@ -121,69 +134,58 @@ def evaluate(
         _rescore([*rescore, *(files or [])], json)
         return
     if files:
-        raise UsageError(f"{files[0]} stands alone.", hint="Adapters follow --peft, generation files --rescore.")
+        raise UsageError(
+            f"{files[0]} does not belong to an option.",
+            hint="Name adapters with --peft, and generation files with --rescore.",
+        )
     if not bench:
         raise UsageError("No benchmark is named.", hint="Example: fedtune eval --bench medmcqa --peft peft_10")
-    for name, value, known in (
-        ("--mode", mode, ("fast", "official")),
-        ("--protocol", protocol, ("flowertune", "lm-eval")),
-        ("--quantization", quantization or "fp4", ("fp4", "nf4", "int8", "none")),
-    ):
-        if value not in known:
-            raise UsageError(f"{name} {value} is not one of {', '.join(known)}.")
-    if mode == "official" and (quantization or "fp4") != "fp4":
-        raise UsageError("--mode official computes on FP4 weights in float32.", hint="Leave --quantization out.")
+    if mode == "official" and quantization != "fp4":
+        raise UsageError("--mode official computes on FP4 weights in float32.", hint="Omit --quantization.")
     if protocol == "lm-eval" and (verify or mode == "official"):
-        raise UsageError("--verify and --mode belong to the leaderboard's protocol.", hint="Leave --protocol out.")
+        raise UsageError("--verify and --mode belong to the leaderboard's protocol.", hint="Omit --protocol.")
 
     import torch
 
-    from fedtune.cli.progress import EvalProgress
-    from fedtune.evaluation.benchmarks.find import parse_bench
-    from fedtune.evaluation.evaluate import EvalSettings
-    from fedtune.evaluation.evaluate import evaluate as evaluate_flowertune
+    from fedtune.cli.progress import EvalDisplay
+    from fedtune.evaluation.driver import evaluate as score
+    from fedtune.evaluation.settings import EvalSettings
     from fedtune.evaluation.subjects import find_subjects
+    from fedtune.evaluation.tasks.registry import parse_bench
 
     selections = tuple(selection for text in bench for selection in parse_bench(text))
-    found = find_subjects(peft or [], with_base=base, model=model, quantization=quantization or "fp4", runs=runs)
-    config = found.model.model_copy(update={"compute_dtype": "fp32"}) if mode == "official" else found.model
+    found = find_subjects(peft or [], with_base=base, model=model, quantization=quantization, runs=runs)
     settings = EvalSettings(
-        model=config,
+        model=found.model.model_copy(update={"compute_dtype": "fp32"}) if mode == "official" else found.model,
         subjects=found.subjects,
         selections=selections,
         out=out or found.folder,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         batch_size=batch_size,
         data_dir=data_dir,
         limit=limit,
         verify=verify,
+        protocol=protocol,
     )
-    score = evaluate_flowertune
-    if protocol == "lm-eval":
-        from fedtune.evaluation.harness import evaluate_with_harness
-
-        score = evaluate_with_harness
     if not torch.cuda.is_available():
-        note("There is no CUDA device: everything runs on the CPU, in float32.")
-    progress = EvalProgress(quiet=json)
+        note("There is no CUDA device: the evaluation runs on the CPU, in float32.")
+    display = EvalDisplay(quiet=json)
     try:
         with (
-            resumable(lambda: "What was answered is kept: when there is space, the same command goes on."),
-            progress.shown(),
+            resumable(lambda: "The answers so far are kept: when there is space, run the same command again."),
+            display.shown(),
         ):
-            result = score(settings, progress)
+            result = score(settings, display)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("What was answered is kept: the same command goes on.") from None
+        raise KeyboardInterrupt("The answers so far are kept: run the same command again to continue.") from None
     if json:
-        from fedtune.evaluation.evaluate import result_record
-
-        print_json({"results": [result_record(each) for each in result.results], "file": result.file})
+        print_json({"results": [each.to_record() for each in result.results], "file": result.file})
     else:
         _show(result)
 
 
 def _show(result: EvalResult) -> None:
-    """Print one table a benchmark, and what stands beside the numbers."""
+    """Print one table per benchmark, and the remarks about its numbers."""
     from rich.table import Table
 
     for bench in dict.fromkeys(each.bench for each in result.results):
@@ -203,7 +205,7 @@ def _show(result: EvalResult) -> None:
             about = bench if len(owners) == len(rows) else f"{', '.join(owners)} on {bench}"
             warn(f"{about}: {text}")
         for row in rows:
-            _say_more(row)
+            _print_remarks(row)
         if first.protocol == "flowertune":
             for path, reason in dict.fromkeys((row.answer_path, row.answer_path_reason) for row in rows):
                 owners = [row.subject for row in rows if (row.answer_path, row.answer_path_reason) == (path, reason)]
@@ -211,7 +213,7 @@ def _show(result: EvalResult) -> None:
     note(f"results {result.file}")
 
 
-def _cells(row: BenchResult) -> list[str]:
+def _cells(row: BenchmarkResult) -> list[str]:
     score, test = row.score, row.against_base
     return [
         row.subject,
@@ -225,23 +227,21 @@ def _cells(row: BenchResult) -> list[str]:
     ]
 
 
-def _say_more(row: BenchResult) -> None:
+def _print_remarks(row: BenchmarkResult) -> None:
     score = row.score
     if (score.unparsed_share or 0) > 0.05:
         outputs = ", ".join(f"{_shortened(text)!r} ({count})" for text, count in score.unparsed_outputs)
-        parsed = (
-            "" if score.accuracy_parsed is None else f"; on the parsed answers alone it is {score.accuracy_parsed:.2%}"
-        )
+        parsed = "" if score.accuracy_parsed is None else f"; on the parsed answers it is {score.accuracy_parsed:.2%}"
         warn(
-            f"{row.subject} on {row.bench}: {score.unparsed_share:.1%} of the outputs are no answer in form, most often "
-            f"{outputs}. The accuracy measures the prompt's form as much as the model{parsed}."
+            f"{row.subject} on {row.bench}: {score.unparsed_share:.1%} of the outputs are unparsed answers, most often "
+            f"{outputs}. The accuracy depends on the form of the answers as much as on the model's knowledge{parsed}."
         )
     if row.agreement is not None:
         gaps = ", ".join(f"{gap:.2g}" for gap in row.agreement.smallest_gaps)
         note(
-            f"{row.subject} on {row.bench}: {row.agreement.equal} of {row.agreement.asked} answers are the same one by one"
-            f"{f', {row.agreement.ties} differ where rounding decides between two tokens' if row.agreement.ties else ''}; "
-            f"smallest gaps of the two best logits: {gaps}"
+            f"{row.subject} on {row.bench}: {row.agreement.equal} of {row.agreement.asked} answers equal one-by-one generation"
+            f"{f', {row.agreement.ties} differ only by rounding' if row.agreement.ties else ''}; "
+            f"smallest gaps between the two best logits: {gaps}"
         )
 
 
@@ -250,7 +250,7 @@ def _shortened(text: str) -> str:
 
 
 def _rescore(files: list[Path], as_json: bool) -> None:
-    """Score generation files that exist already."""
+    """Score existing generation files."""
     from rich.table import Column, Table
 
     from fedtune.evaluation.artefacts import rescore

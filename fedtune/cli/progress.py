@@ -28,7 +28,7 @@ from fedtune.federation.events import (
 from fedtune.units import format_seconds, to_mib
 
 if TYPE_CHECKING:
-    from fedtune.evaluation.evaluate import Asked
+    from fedtune.evaluation.progress import EvalProgress
 
 _MOST_ROWS = 24
 """Rows of the partition table that fit a screen; more are summed up."""
@@ -151,7 +151,7 @@ class TrainProgress:
             )
 
 
-class EvalProgress:
+class EvalDisplay:
     """Listens to an evaluation and shows how far it is and how well it goes."""
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -176,17 +176,17 @@ class EvalProgress:
         with self.bar:
             yield
 
-    def __call__(self, asked: Asked) -> None:
-        """Take news of answers that have come in."""
-        rate = asked.answered / asked.seconds if asked.seconds else 0.0
-        left = format_seconds((asked.total - asked.done) / rate) if rate else "?"
-        state = f"{asked.right / asked.done:.1%} right · {rate:,.1f} questions/s · {left} left"
-        name = f"{asked.subject} on {asked.bench}"
+    def __call__(self, event: EvalProgress) -> None:
+        """Show one event."""
+        rate = event.answered / event.seconds if event.seconds else 0.0
+        left = format_seconds((event.total - event.done) / rate) if rate else "?"
+        state = f"{event.right / event.done:.1%} right · {rate:,.1f} questions/s · {left} left"
+        name = f"{event.subject} on {event.bench}"
         if self.live:
-            key = (asked.subject, asked.bench)
+            key = (event.subject, event.bench)
             if key not in self.tasks:
-                self.tasks[key] = self.bar.add_task(name, total=asked.total, state="")
-            self.bar.update(self.tasks[key], completed=asked.done, state=state)
-        elif not self.quiet and (asked.done == asked.total or time.monotonic() - self.said > _QUIET_S):
+                self.tasks[key] = self.bar.add_task(name, total=event.total, state="")
+            self.bar.update(self.tasks[key], completed=event.done, state=state)
+        elif not self.quiet and (event.done == event.total or time.monotonic() - self.said > _QUIET_S):
             self.said = time.monotonic()
-            stderr.print(f"{name}: {asked.done}/{asked.total} · {state}", highlight=False, markup=False, soft_wrap=True)
+            stderr.print(f"{name}: {event.done}/{event.total} · {state}", highlight=False, markup=False, soft_wrap=True)

@@ -252,7 +252,7 @@ def _compare(resolved: ResolvedConfig, result: TrainResult, *, quiet: bool) -> d
     from rich.table import Table
 
     from fedtune.cli.console import stdout
-    from fedtune.evaluation.compare import compare
+    from fedtune.evaluation.driver import compare
     from fedtune.federation.baselines import train_baselines
 
     config = resolved.config

@@ -1,1 +1,1 @@
-"""Everything that scores: benchmarks, official scoring, statistics and the leaderboard's files."""
+"""Scoring: benchmarks, answers, statistics and the leaderboard's files."""

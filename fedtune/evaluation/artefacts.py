@@ -1,4 +1,4 @@
-"""The leaderboard's result files: written to the byte as its scripts do, read and scored again without a model."""
+"""The leaderboard's result files: writes them to the byte as its scripts do, and scores existing ones again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.evaluation.benchmarks.base import AnswerType, Benchmark, Selection, content_hash, finance_instruction
-from fedtune.evaluation.benchmarks.find import benchmarks, parse_bench
-from fedtune.evaluation.scoring import Answer, Score, predict, score
+from fedtune.evaluation.scoring import Score, score_answers
+from fedtune.evaluation.tasks.base import Answer, Question, Selection, Task, content_hash
+from fedtune.evaluation.tasks.registry import all_tasks, parse_bench
 from fedtune.runs.atomic import write_text
 
 Form = Literal["array", "lines", "published"]
 
-CHOICES = frozenset("ABCDE")
-DECISIONS = frozenset(("yes", "no", "maybe"))
-
 
 @dataclass(frozen=True)
 class Artefacts:
-    """Where one result was written."""
+    """The two files of one result."""
 
     accuracy: Path
     generations: Path
@@ -36,50 +33,49 @@ class RescoreResult:
     form: Form
     """A JSON array, JSON lines, or an object with `published_accuracy` and `rows`."""
     benchmark: str
-    """What `parse_bench` calls it, as far as the content tells: `mmlu:stem`, or `medmcqa or careqa`."""
-    answer_type: AnswerType
+    """Its name for `parse_bench`, as far as the content shows it: `mmlu:stem`, or `medmcqa or careqa`."""
+    answer_type: str
     verified: bool
-    """The prompts and golds are the official ones, all of them in their order."""
+    """Whether prompts and right answers are the official ones, complete and in their order."""
     score: Score
     published: float | None
-    """The accuracy that the file claims."""
+    """The accuracy that the file states."""
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the accuracy equals the published one to the last digit; None where none is claimed."""
+        """Whether the accuracy equals the published one to the last digit; None where the file states none."""
         return None if self.published is None else self.score.accuracy == self.published
 
 
 def artefact_paths(folder: Path, selection: Selection, run: str) -> Artefacts:
-    """Return the leaderboard's file names (protocol, section 4) in `folder`.
+    """Return the paths of a result's files in `folder`.
 
     Raises:
         UsageError: `run` cannot be part of a file name.
     """
     if not run or run != Path(run).name:
         raise UsageError(f"{run!r} cannot be part of a file name.", hint="Give the run a name without / in it.")
-    name = "_".join(filter(None, (selection.benchmark.name, selection.category, run)))
-    return Artefacts(folder / f"acc_{name}.txt", folder / f"generation_{name}.jsonl")
+    accuracy, generations = selection.task.artefact_names(selection.category, run)
+    return Artefacts(folder / accuracy, folder / generations)
 
 
 def write_artefacts(
     folder: Path, selection: Selection, run: str, answers: Sequence[Answer], accuracy: float
 ) -> Artefacts:
-    """Write accuracy and generations in the leaderboard's names and forms, each file whole or not at all.
+    """Write accuracy and generations, each file completely or not at all.
 
     Returns:
-        The two paths; the accuracy is written last, so that where it stands its generations do too.
+        The two paths. The accuracy is written last, so that the generations exist wherever it does.
     """
     paths = artefact_paths(folder, selection, run)
     folder.mkdir(parents=True, exist_ok=True)
-    form = lines_text if selection.benchmark.answer_type == "sentiment" else array_text
-    write_text(paths.generations, form(answers))
+    write_text(paths.generations, selection.task.generations_text(answers))
     write_text(paths.accuracy, accuracy_text(accuracy))
     return paths
 
 
 def accuracy_text(accuracy: float) -> str:
-    """Return what `acc_….txt` holds, the blank at the end included.
+    """Return the content of `acc_….txt`, with its blank at the end.
 
     >>> accuracy_text(2 / 3)
     'Accuracy: 0.6666666666666666. '
@@ -87,77 +83,47 @@ def accuracy_text(accuracy: float) -> str:
     return f"Accuracy: {float(accuracy)!r}. "
 
 
-def array_text(answers: Sequence[Answer]) -> str:
-    """Return `generation_….jsonl` of general-nlp and medical: one JSON array as pandas writes records."""
-    return "[" + ",".join(_pandas_json(_record(answer)) for answer in answers) + "]"
-
-
-def lines_text(answers: Sequence[Answer]) -> str:
-    """Return `generation_….jsonl` of finance: JSON lines with the mapped target and output."""
-    records = (
-        {
-            "context": answer.prompt,
-            "new_target": predict(answer.gold, "sentiment").value,
-            "new_out": predict(answer.output, "sentiment").value,
-        }
-        for answer in answers
-    )
-    return "".join(_pandas_json(record) + "\n" for record in records)
-
-
 def rescore(path: Path) -> RescoreResult:
-    """Score an existing generation file: ours, the leaderboard's, or one with its published accuracy.
+    """Score an existing generation file: fedtune's, the leaderboard's, or one with its published accuracy.
 
-    Benchmark and kind of answer are taken from prompts and golds; the file's name only helps where these fit several.
+    Prompts and right answers identify the benchmark; the file's name decides only where several fit.
 
     Raises:
         MissingError: there is no such file.
-        UsageError: it is truncated, garbage, or no generation file; one sentence says which.
+        UsageError: the file is cut off or is not a generation file.
     """
     form, rows, published = _read(path)
-    finance = bool(rows) and isinstance(rows[0], dict) and "new_out" in rows[0]
-    answers = [_answer(row, number, path, finance) for number, row in enumerate(rows, 1)]
+    kinds = _kinds_with_columns_of(rows)
+    answers = [_answer(row, number, path, kinds[0].columns) for number, row in enumerate(rows, 1)]
     if not answers:
-        raise UsageError(f"{path} holds no answers.")
-    answer_type = _answer_type({answer.gold for answer in answers}, finance, path)
-    benchmark, verified = _recognise(answers, answer_type, path)
+        raise UsageError(f"{path} does not contain any answers.")
+    task = _kind_with_golds(kinds, {answer.question.gold for answer in answers}, path)
+    benchmark, verified = _recognise(answers, task.answer_type, path)
     return RescoreResult(
         path=path,
         form=form,
         benchmark=benchmark,
-        answer_type=answer_type,
+        answer_type=task.answer_type,
         verified=verified,
-        score=score(answers, answer_type, mapped=finance),
+        score=score_answers(task, answers, mapped=not task.keeps_outputs),
         published=published,
     )
 
 
-def _record(answer: Answer) -> dict[str, str]:
-    subset = {} if answer.subset is None else {"subset": answer.subset}
-    return {"prompt": answer.prompt, "gold": answer.gold, **subset, "output": answer.output}
-
-
-def _pandas_json(record: dict[str, str]) -> str:
-    """Return a record as `pandas.DataFrame.to_json` writes it: no blanks, ASCII only, and `/` escaped."""
-    text = json.dumps(record, separators=(",", ":")).replace("/", r"\/")
-    # The one other character that the two write differently.
-    return text.replace(r"\u007f", "\x7f")
-
-
 def _read(path: Path) -> tuple[Form, list[Any], float | None]:
-    """Return form, rows and claimed accuracy of a file; what is wrong with it is said in one sentence."""
+    """Return form, rows and stated accuracy of a file; refuse any other content in one sentence."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise MissingError(
             f"There is no file {path}.",
-            hint="Generations lie in a run: fedtune eval --rescore RUN/benchmarks/generation_….jsonl",
+            hint="A run's generations are in its benchmarks folder: fedtune eval --rescore RUN/benchmarks/generation_….jsonl",
         ) from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise _not_generations(path, "it is not UTF-8 text") from None
-    # `splitlines` would also split at the line separators that a prompt may hold.
+    # `splitlines` would also split at the line separators inside a prompt.
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise _not_generations(path, "it is empty")
@@ -179,11 +145,11 @@ def _read(path: Path) -> tuple[Form, list[Any], float | None]:
     if isinstance(whole, dict) and "rows" in whole:
         rows, published = whole["rows"], whole.get("published_accuracy")
         if not isinstance(rows, list) or not (published is None or _is_share(published)):
-            raise _not_generations(path, "`rows` is no array or `published_accuracy` no number from 0 to 1")
+            raise _not_generations(path, "`rows` is not an array, or `published_accuracy` is not a number from 0 to 1")
         return "published", rows, None if published is None else float(published)
     if isinstance(whole, dict):
         return "lines", [whole], None
-    raise _not_generations(path, "it holds neither an array nor objects")
+    raise _not_generations(path, "it contains neither an array nor objects")
 
 
 def _is_share(value: object) -> bool:
@@ -201,42 +167,50 @@ def _read_lines(lines: Sequence[str], path: Path) -> list[Any]:
     return rows
 
 
-def _answer(row: Any, number: int, path: Path, finance: bool) -> Answer:
+def _kinds_with_columns_of(rows: Sequence[Any]) -> list[Task]:
+    """Return one task of each answer type whose generation files have the columns of these rows."""
+    first = rows[0] if rows and isinstance(rows[0], dict) else {}
+    kinds = list({task.answer_type: task for task in all_tasks().values()}.values())
+    own = [task for task in kinds if task.columns != Task.columns and task.columns[-1] in first]
+    return own[:1] or [task for task in kinds if task.columns == Task.columns]
+
+
+def _answer(row: Any, number: int, path: Path, columns: Sequence[str]) -> Answer:
     """Turn a row of the file into an answer; every field must be a text."""
-    names = ("context", "new_target", "new_out") if finance else ("prompt", "gold", "output")
     if not isinstance(row, dict):
         raise _not_generations(path, f"row {number} is not an object")
-    for name in names:
+    for name in columns:
         if not isinstance(row.get(name), str):
             raise _not_generations(path, f"row {number} has no text in {name!r}")
     subset = row.get("subset")
     if subset is not None and not isinstance(subset, str):
         raise _not_generations(path, f"row {number} has no text in 'subset'")
-    prompt, gold, output = (row[name] for name in names)
-    return Answer(prompt, gold, output, subset)
+    prompt, gold, output = (row[name] for name in columns)
+    return Answer(Question(f"row {number}", prompt, gold, subset), output)
 
 
-def _answer_type(golds: set[str], finance: bool, path: Path) -> AnswerType:
-    if finance:
-        return "sentiment"
-    if golds <= CHOICES:
-        return "choice"
-    if golds <= DECISIONS:
-        return "yes-no"
-    odd = min(golds - CHOICES - DECISIONS, default="letters beside yes and no")
-    raise _not_generations(path, f"its golds are neither letters nor yes, no and maybe but {odd[:40]!r}")
+def _kind_with_golds(kinds: Sequence[Task], golds: set[str], path: Path) -> Task:
+    """Return the task among `kinds` whose right answers these may be."""
+    fitting = [task for task in kinds if golds <= task.golds]
+    if fitting or len(kinds) == 1:
+        return (fitting or kinds)[0]
+    odd = min(golds.difference(*(task.golds for task in kinds)), default="letters beside yes and no")
+    raise _not_generations(path, f"its right answers are neither letters nor yes, no and maybe, but {odd[:40]!r}")
 
 
-def _recognise(answers: Sequence[Answer], answer_type: AnswerType, path: Path) -> tuple[str, bool]:
-    """Return the benchmark's name, as far as the content tells, and whether the questions are the official ones."""
-    fitting = [bench for bench in benchmarks().values() if bench.answer_type == answer_type and _fits(bench, answers)]
-    for bench in fitting:
-        if len(bench.parts) == 1 and bench.parts[""].sha256 == content_hash((a.prompt, a.gold) for a in answers):
-            return bench.name, True
-    if any(bench.name == "mmlu" for bench in fitting) and (selection := _mmlu_selection(answers)):
-        return selection.name, _mmlu_verified(selection, answers)
-    names = [bench.name for bench in fitting]
-    by_count = [bench.name for bench in fitting if sum(part.rows or 0 for part in bench.parts.values()) == len(answers)]
+def _recognise(answers: Sequence[Answer], answer_type: str, path: Path) -> tuple[str, bool]:
+    """Return the benchmark's name, as far as the content shows it, and whether the questions are the official ones."""
+    starts = {answer.question.prompt.partition("\n")[0] for answer in answers}
+    fitting = [task for task in all_tasks().values() if task.answer_type == answer_type and starts <= task.first_lines]
+    for task in fitting:
+        if len(task.parts) == 1 and _is_official(task, "", answers):
+            return task.name, True
+    for task in fitting:
+        if len(task.parts) > 1 and (selection := _selection_of(task, answers)):
+            by_part = {part: [each for each in answers if each.question.subset == part] for part in selection.parts}
+            return selection.name, all(_is_official(task, part, each) for part, each in by_part.items())
+    names = [task.name for task in fitting]
+    by_count = [task.name for task in fitting if sum(part.rows or 0 for part in task.parts.values()) == len(answers)]
     by_name = [name for name in names if name in path.stem.lower().split("_")]
     for few in (by_count, by_name):
         if len(few) == 1:
@@ -244,30 +218,20 @@ def _recognise(answers: Sequence[Answer], answer_type: AnswerType, path: Path) -
     return " or ".join(names) or "unknown", False
 
 
-def _fits(bench: Benchmark, answers: Sequence[Answer]) -> bool:
-    """Whether every prompt starts as the benchmark's do; FIQA mixes news and tweets."""
-    starts = {answer.prompt.partition("\n")[0] for answer in answers}
-    if bench.answer_type != "sentiment":
-        return starts == {bench.instruction}
-    own = {bench.instruction, finance_instruction("tweet")} if bench.name == "fiqa" else {bench.instruction}
-    return starts <= {f"Instruction: {instruction}" for instruction in own}
-
-
-def _mmlu_selection(answers: Sequence[Answer]) -> Selection | None:
-    """Return the category (or subject) of MMLU whose subjects these are."""
-    subjects = {answer.subset for answer in answers}
-    parts = benchmarks()["mmlu"].parts
-    if not subjects <= set(parts):
+def _selection_of(task: Task, answers: Sequence[Answer]) -> Selection | None:
+    """Return the category or part of a task whose parts are the subsets of these answers."""
+    subsets = {answer.question.subset for answer in answers}
+    if not subsets <= set(task.parts):
         return None
-    names = [f"mmlu:{subject}" for subject in subjects] if len(subjects) == 1 else ["mmlu"]
-    names += [f"mmlu:{category}" for category in benchmarks()["mmlu"].categories]
+    names = [f"{task.name}:{subset}" for subset in subsets] if len(subsets) == 1 else [task.name]
+    names += [f"{task.name}:{category}" for category in task.categories]
     chosen = (selection for name in names for selection in parse_bench(name))
-    return next((selection for selection in chosen if subjects <= set(selection.parts)), None)
+    return next((selection for selection in chosen if subsets <= set(selection.parts)), None)
 
 
-def _mmlu_verified(selection: Selection, answers: Sequence[Answer]) -> bool:
-    by_subject = {part: [(a.prompt, a.gold) for a in answers if a.subset == part] for part in selection.parts}
-    return all(selection.benchmark.parts[part].sha256 == content_hash(by_subject[part]) for part in selection.parts)
+def _is_official(task: Task, part: str, answers: Sequence[Answer]) -> bool:
+    pairs = ((answer.question.prompt, answer.question.gold) for answer in answers)
+    return task.parts[part].sha256 == content_hash(pairs)
 
 
 def _not_generations(path: Path, reason: str) -> FedTuneError:

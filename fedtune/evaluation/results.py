@@ -1,7 +1,8 @@
-"""Reads, validates, refuses and writes `results.json`, the file of an evaluation's results.
+"""The result of an evaluation (`BenchmarkResult`), and `results.json`: reads, validates, refuses and writes it.
 
-The file holds one JSON array with an object a result. `format` in an object says how to read it; without one it is of the
-first format. A file that is torn, foreign or from a newer fedtune is refused, and never written over.
+The file contains one JSON array with an object per result. The key `format` names the object's format; an object without it
+has the first format. A file that is cut off, is not a file of results, or was written by a newer version is refused, and never
+overwritten.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from fedtune.errors import MissingError
+from fedtune.evaluation.scoring import Score
+from fedtune.evaluation.statistics import Interval, PairedTest
 from fedtune.runs.atomic import alone_in, write_text
 
 Record = Mapping[str, Any]
-"""One result as `results.json` holds it."""
+"""One result, as an object of `results.json`."""
 
 FILE = "results.json"
 FORMAT = 2
@@ -27,18 +31,115 @@ FORMAT = 2
 
 _TEXTS = ("subject", "label", "bench", "protocol", "mode")
 _KEY = ("label", "bench", "protocol", "mode")
-"""What tells results apart: one with the same values replaces the other."""
+"""The keys that identify a result: a new one with the same values replaces the old one."""
 _LEVELS = 32
 """A value that is nested deeper is refused; fedtune writes at most five levels."""
 _DIGITS = 20
 """An integer with more digits is refused; floating-point numbers cannot be computed from the largest ones."""
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How many answers of the fast mode equal one-by-one generation."""
+
+    asked: int
+    equal: int
+    smallest_gaps: tuple[float, ...]
+    """The five smallest gaps between the two best logits of a first token."""
+    ties: int = 0
+    """Answers that differ from a token on at which only rounding separates the two best logits."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether every answer is the same, except for ties."""
+        return self.equal + self.ties == self.asked
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The result of one subject on one benchmark."""
+
+    subject: str
+    bench: str
+    label: str
+    """The subject's name in file names, with every setting that differs from the leaderboard's."""
+    protocol: str
+    mode: str
+    score: Score = field(repr=False)
+    interval: Interval
+    """95 % interval of the accuracy."""
+    partial: str
+    """Why this is not the whole benchmark; empty when it is."""
+    findings: tuple[str, ...]
+    comparable: bool
+    """Whether the accuracy is comparable with the leaderboard's; it is not where verified answers differ."""
+    seconds: float
+    prompt_tokens: int
+    details: Mapping[str, Any] = field(repr=False)
+    """Arithmetic, hashes and versions, as in results.json."""
+    used_mib: float | None = None
+    against_base: PairedTest | None = None
+    agreement: Agreement | None = None
+    answer_path: str = ""
+    """How the answers were computed: a name of `fast.PATHS`, one by one, or the name of another protocol."""
+    answer_path_reason: str = ""
+    """Why on that path."""
+
+    @property
+    def questions_per_second(self) -> float:
+        """Questions per second, over all processes that answered."""
+        return self.score.n / self.seconds if self.seconds else 0.0
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the result as an object of results.json."""
+        score = self.score
+        record = {
+            "format": FORMAT,
+            "subject": self.subject,
+            "bench": self.bench,
+            "label": self.label,
+            "protocol": self.protocol,
+            "mode": self.mode,
+            "accuracy": score.accuracy,
+            "n": score.n,
+            "k": score.k,
+            "interval_95": [self.interval.low, self.interval.high],
+            "unparsed": score.unparsed,
+            "unparsed_outputs": [list(pair) for pair in score.unparsed_outputs],
+            "accuracy_parsed": score.accuracy_parsed,
+            "majority": {"prediction": score.majority, "share": score.majority_share},
+            "subsets": [{"name": s.name, "n": s.n, "k": s.k, "unparsed": s.unparsed} for s in score.subsets],
+            "partial": self.partial or None,
+            "findings": list(self.findings),
+            "comparable": self.comparable,
+            "against_base": self.against_base and asdict(self.against_base),
+            "used_mib": self.used_mib,
+            "seconds": self.seconds,
+            "prompt_tokens": self.prompt_tokens,
+            "questions_per_second": self.questions_per_second,
+            "tokens_per_second": self.prompt_tokens / self.seconds if self.seconds else None,
+            "verified": self.agreement and asdict(self.agreement),
+            "answer_path": self.answer_path,
+            "answer_path_reason": self.answer_path_reason,
+            **{key: value for key, value in self.details.items() if key not in ("bench", "protocol", "mode")},
+        }
+        return {key: _without_nan(value) for key, value in record.items()}
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The results of all subjects on all benchmarks."""
+
+    results: tuple[BenchmarkResult, ...]
+    file: Path
+    """results.json"""
+
+
 def read_results(file: Path) -> list[Record]:
-    """Return the results in `file`, none where there is no such file.
+    """Return the results in `file`, an empty list where there is no such file.
 
     Raises:
-        MissingError: it cannot be read, or is not a file of results that this version can read.
+        MissingError: the file cannot be read, or is not a file of results that this version can read.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -66,38 +167,38 @@ def read_results(file: Path) -> list[Record]:
     if isinstance(table, dict) and _is_newer(table):
         _refuse_newer(file)
     if not isinstance(table, list):
-        _refuse(file, "it holds no array of results")
+        _refuse(file, "it does not contain an array of results")
     for number, record in enumerate(table, start=1):
         if isinstance(record, dict) and _is_newer(record):
             _refuse_newer(file)
         reason = _not_writable(record) or _wrong_with(record)
         if reason:
-            _refuse(file, f"entry {number} is no result of an evaluation: {reason}")
+            _refuse(file, f"entry {number} is not a result of an evaluation: {reason}")
     return table
 
 
 def add_results(file: Path, fresh: Sequence[Record]) -> None:
-    """Write results to `file`, in place of those of the same subject, benchmark, protocol and mode; others stay.
+    """Write results to `file`; they replace those of the same label, benchmark, protocol and mode.
 
     Raises:
-        MissingError: the file that is there is refused, or the folder cannot be written.
+        MissingError: the existing file is refused, or the folder cannot be written.
     """
     taken = {_key(record) for record in fresh}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with alone_in(file.parent):
             kept = [record for record in read_results(file) if _key(record) not in taken]
-            table = [*kept, *map(without_nan, fresh)]
+            table = [*kept, *map(_without_nan, fresh)]
             write_text(file, json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise cannot_write(file.parent, error) from error
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the results folder, write a file in it for a moment, and read its results, before anything costs time.
+    """Create the results folder, and check before any long work that it can be written and its results can be read.
 
     Raises:
-        MissingError: the folder cannot be written, or holds a `results.json` that is refused.
+        MissingError: the folder cannot be written, or contains a `results.json` that is refused.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,21 +212,21 @@ def prepare_folder(folder: Path) -> None:
 
 
 def cannot_write(folder: Path, error: OSError) -> MissingError:
-    """Return the error that says why results cannot be written to `folder`."""
+    """Return the error for a folder that cannot be written."""
     return MissingError(
         f"Results cannot be written to {folder}: {error.strerror or error}.",
-        hint="Free space there or choose another folder, --out DIR. The same command continues where it stopped.",
+        hint="Free space there or choose another folder, --out DIR. The same command then continues where it stopped.",
     )
 
 
-def without_nan(value: Any) -> Any:
-    """Return `value` with None for every number that JSON does not have."""
+def _without_nan(value: Any) -> Any:
+    """Return `value` with None in place of every number that JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: without_nan(each) for key, each in value.items()}
+        return {key: _without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(each) for each in value]
+        return [_without_nan(each) for each in value]
     return value
 
 
@@ -139,40 +240,40 @@ def _is_newer(record: Record) -> bool:
 
 
 def _wrong_with(record: Any) -> str:
-    """Return why a value is no result; empty for a result."""
+    """Return why a value is not a result; an empty text if it is one."""
     if not isinstance(record, dict):
-        return "it is no object"
+        return "it is not an object"
     if record.get("format", 1) not in (1, FORMAT) or isinstance(record.get("format"), bool):
         return f"its format is {record['format']!r}"
     for name in _TEXTS:
         if not isinstance(record.get(name), str):
-            return f"{name!r} is no text"
+            return f"{name!r} is not a text"
     n, k, accuracy, unparsed = record.get("n"), record.get("k"), record.get("accuracy"), record.get("unparsed")
     if not _is_count(n) or not _is_count(k) or not 0 <= k <= n or n == 0:
-        return "'k' and 'n' are no counts"
+        return "'k' and 'n' are not counts"
     if not _is_number(accuracy) or not math.isclose(accuracy, k / n, rel_tol=1e-9, abs_tol=1e-12):
         return "'accuracy' is not k / n"
     if "unparsed" not in record or not (unparsed is None or (_is_count(unparsed) and 0 <= unparsed <= n)):
-        return "'unparsed' is no count"
+        return "'unparsed' is not a count"
     interval = record.get("interval_95")
     if not isinstance(interval, list) or len(interval) != 2 or not all(map(_is_number, interval)):
-        return "'interval_95' is no pair of numbers"
+        return "'interval_95' is not a pair of numbers"
     return ""
 
 
-def _not_writable(value: Any, place: str = "it", levels: int = 0) -> str:
-    """Return where a value holds what cannot be written as JSON again, and what; empty where all of it can be."""
+def _not_writable(value: Any, where: str = "it", levels: int = 0) -> str:
+    """Return which part of a value cannot be written as JSON again, and why; an empty text if all of it can."""
     if levels > _LEVELS:
         return f"it is nested in more than {_LEVELS} levels"
     if isinstance(value, Mapping):
-        inner = [*((place, key) for key in value), *((repr(key), each) for key, each in value.items())]
+        inner = [*((where, key) for key in value), *((repr(key), each) for key, each in value.items())]
     elif isinstance(value, list):
-        inner = [(place, each) for each in value]
+        inner = [(where, each) for each in value]
     else:
         if isinstance(value, float) and not math.isfinite(value):
-            return f"{place} holds a number that is too large"
+            return f"{where} contains a number that is too large"
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            return f"{place} holds {value[:40]!r}, which is no Unicode text"
+            return f"{where} contains {value[:40]!r}, which is not Unicode text"
         return ""
     return next(filter(None, (_not_writable(each, key, levels + 1) for key, each in inner)), "")
 
@@ -198,13 +299,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _refuse(file: Path, reason: str) -> NoReturn:
     raise MissingError(
         f"{file} is not a file of results: {reason}. Nothing was written.",
-        hint=f"Move it away and run the same command again: mv {file} {file}.old",
+        hint=f"Move the file and run the same command again: mv {file} {file}.old",
     )
 
 

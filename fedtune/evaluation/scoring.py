@@ -1,41 +1,13 @@
-"""From outputs to the leaderboard's accuracy, and what that hides (protocol, sections 4 and 5)."""
+"""The leaderboard's accuracy over all answers, and the counts that explain it (protocol, sections 4 and 5)."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedtune.errors import UsageError
-from fedtune.evaluation.benchmarks.base import AnswerType
-
-ACCEPTED = frozenset(("a", "b", "c", "d", "e", "yes", "no"))
-SENTIMENTS = ("positive", "negative", "neutral")
-# The first of these that an output holds is replaced.
-DOUBLED = (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no"))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said to one question."""
-
-    prompt: str
-    """The unwrapped prompt."""
-    gold: str
-    output: str
-    """The new text only; in finance what follows the first `Answer: `, or `None`."""
-    subset: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What an output is taken for."""
-
-    value: str
-    """Lower case; the whole lower-cased output where nothing else was found in it."""
-    parsed: bool
-    """Whether the output could be right at all: otherwise its form failed, whatever the model knows."""
+from fedtune.evaluation.tasks.base import Answer, Task
 
 
 @dataclass(frozen=True)
@@ -55,25 +27,25 @@ class SubsetScore:
 
 @dataclass(frozen=True)
 class Score:
-    """The leaderboard's accuracy and what stands behind it."""
+    """The leaderboard's accuracy with its counts."""
 
     n: int
     """Questions."""
     k: int
     """Right answers."""
     unparsed: int | None
-    """Outputs that are no answer in form; None where only the mapped answers are known."""
+    """Outputs that do not have the form of an answer; None where only the predictions are known."""
     unparsed_outputs: tuple[tuple[str, int], ...]
     """The most frequent of them with their counts, at most five."""
     k_parsed: int
     """Right answers among the parsed ones."""
     subsets: tuple[SubsetScore, ...]
-    """One row a subset, in the data's order; empty where there are none."""
+    """In the data's order; empty where there are no subsets."""
     majority: str
     """The most frequent prediction."""
     majority_count: int
     correct: tuple[bool, ...] = field(repr=False)
-    """Whether each answer is right, in the data's order; what a paired test needs."""
+    """Whether each answer is right, in the data's order, for a paired test."""
 
     @property
     def accuracy(self) -> float:
@@ -87,91 +59,58 @@ class Score:
 
     @property
     def accuracy_parsed(self) -> float | None:
-        """Accuracy on the answers that could be parsed; None where none could, or where that is not known."""
+        """Accuracy on the parsed answers; None where there are none, or where their number is not known."""
         if self.unparsed is None or self.unparsed == self.n:
             return None
         return self.k_parsed / (self.n - self.unparsed)
 
     @property
     def majority_share(self) -> float:
-        """Share of the most frequent prediction: near 1 for a model that always says the same."""
+        """Share of the most frequent prediction: near 1 for a model that always gives the same answer."""
         return self.majority_count / self.n
 
 
-def predict(output: str, answer_type: AnswerType) -> Prediction:
-    """Return what `output` is taken for (protocol, section 4; section 5 for `sentiment`).
-
-    >>> predict("B. Because", "choice"), predict("The answer", "choice")
-    (Prediction(value='b', parsed=True), Prediction(value='the answer', parsed=False))
-    """
-    if answer_type == "sentiment":
-        return _predict_sentiment(output)
-    raw = output.lower()
-    text = raw.split("\n##")[1].split("\n")[0] if "\n##" in raw else raw
-    text = re.sub(" +", " ", re.sub("[^a-zA-Z0-9]", " ", text).strip())
-    if answer_type == "choice":
-        text = text[:1]
-    else:
-        doubled, single = next((pair for pair in DOUBLED if pair[0] in text), ("", ""))
-        text = text.replace(doubled, single) if doubled else text
-    if text in ACCEPTED:
-        return Prediction(text, True)
-    # "maybe" is not accepted, yet an output of exactly that is compared as it stands and may be right.
-    return Prediction(raw, answer_type == "yes-no" and raw == "maybe")
-
-
-def _predict_sentiment(output: str) -> Prediction:
-    for sentiment in SENTIMENTS:
-        if sentiment in output or sentiment.capitalize() in output:
-            return Prediction(sentiment, True)
-    return Prediction("neutral", False)
-
-
-def score(answers: Sequence[Answer], answer_type: AnswerType, *, mapped: bool = False) -> Score:
+def score_answers(task: Task, answers: Sequence[Answer], *, mapped: bool = False) -> Score:
     """Score answers as the leaderboard does.
 
     Args:
+        task: The benchmark, or any other of the same answer type.
         answers: In the data set's order.
-        answer_type: The benchmark's.
-        mapped: The outputs are the predictions already, as in the leaderboard's finance files; how many of them were
-            unparsed is then not known.
+        mapped: Whether the outputs are predictions already, as in the leaderboard's finance files, so that the number of
+            unparsed outputs is not known.
 
     Raises:
         UsageError: there are no answers.
     """
     if not answers:
         raise UsageError("There are no answers to score.")
-    predictions = [predict(answer.output, answer_type) for answer in answers]
-    golds = [
-        _predict_sentiment(answer.gold).value if answer_type == "sentiment" else answer.gold.lower()
-        for answer in answers
-    ]
-    correct = [prediction.value == gold for prediction, gold in zip(predictions, golds, strict=True)]
+    predictions = [task.score(question, output) for question, output in answers]
     parsed = [mapped or prediction.parsed for prediction in predictions]
-    missed = Counter(answer.output for answer, is_parsed in zip(answers, parsed, strict=True) if not is_parsed)
+    unparsed = Counter(answer.output for answer, is_parsed in zip(answers, parsed, strict=True) if not is_parsed)
     majority, majority_count = Counter(prediction.value for prediction in predictions).most_common(1)[0]
 
-    places: dict[str, list[int]] = {}
-    for place, answer in enumerate(answers):
-        if answer.subset is not None:
-            places.setdefault(answer.subset, []).append(place)
+    by_subset: dict[str, list[int]] = {}
+    for index, (question, _) in enumerate(answers):
+        if question.subset is not None:
+            by_subset.setdefault(question.subset, []).append(index)
     subsets = tuple(
         SubsetScore(
             name=name,
-            n=len(at),
-            k=sum(correct[place] for place in at),
-            unparsed=None if mapped else sum(not parsed[place] for place in at),
+            n=len(indices),
+            k=sum(predictions[index].correct for index in indices),
+            unparsed=None if mapped else sum(not parsed[index] for index in indices),
         )
-        for name, at in places.items()
+        for name, indices in by_subset.items()
     )
+    correct = tuple(prediction.correct for prediction in predictions)
     return Score(
         n=len(answers),
         k=sum(correct),
-        unparsed=None if mapped else sum(missed.values()),
-        unparsed_outputs=tuple(missed.most_common(5)),
+        unparsed=None if mapped else sum(unparsed.values()),
+        unparsed_outputs=tuple(unparsed.most_common(5)),
         k_parsed=sum(right and is_parsed for right, is_parsed in zip(correct, parsed, strict=True)),
         subsets=subsets,
         majority=majority,
         majority_count=majority_count,
-        correct=tuple(correct),
+        correct=correct,
     )

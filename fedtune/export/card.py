@@ -13,8 +13,8 @@ from fedtune.config.facts import ineligible_because, value_at
 from fedtune.config.schema import BUILTIN_TINY
 from fedtune.data.prompt import render_text
 from fedtune.errors import UsageError
-from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.results import Record
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.export.checkpoint import RunCheckpoint
 from fedtune.export.package import hub_base, hub_data, public_name, redact
 from fedtune.export.render import mib_of, render, shown
@@ -144,7 +144,7 @@ def method_values(checkpoint: RunCheckpoint) -> dict[str, Any]:
 def title(record: Record) -> str:
     """Return the benchmark of a result as the card writes it: `MedMCQA`, `MMLU stem`."""
     selection = parse_bench(record["bench"])[0]
-    return " ".join(filter(None, (selection.benchmark.title, (selection.category or "").replace("_", " "))))
+    return " ".join(filter(None, (selection.task.title, (selection.category or "").replace("_", " "))))
 
 
 def _result_row(checkpoint: RunCheckpoint, record: Record) -> tuple[str, ...]:
@@ -184,7 +184,7 @@ def _configuration(checkpoint: RunCheckpoint) -> list[tuple[str, str]]:
 def _eval_results(record: Record) -> list[EvalResult]:
     """Return a complete result in the form of the hub: the accuracy, and the share of unparsed outputs if it is known."""
     selection = parse_bench(record["bench"])[0]
-    benchmark = selection.benchmark
+    benchmark = selection.task
     sources = sorted(benchmark.sources, key=lambda source: not source.original)
     where: dict[str, Any] = {
         "task_type": "text-generation",

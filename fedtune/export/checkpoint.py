@@ -11,8 +11,8 @@ from fedtune.budget.ledger import Entry, read_ledger
 from fedtune.config.facts import load_preset
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, UsageError
-from fedtune.evaluation.benchmarks.find import parse_bench
 from fedtune.evaluation.results import FILE, Record, read_results
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.models.adapter import WEIGHTS_FILE, SavedAdapter, read_adapter
 from fedtune.runs.directory import RUNS, RunDirectory, file_sha256, find_run
 from fedtune.units import to_mib

@@ -12,7 +12,7 @@ from fedtune.config.facts import LEADERBOARD_CAP_MIB, ineligible_because, load_p
 from fedtune.config.load import leaves, load_config
 from fedtune.errors import FedTuneError, UsageError
 from fedtune.evaluation.artefacts import artefact_paths, rescore
-from fedtune.evaluation.benchmarks.find import parse_bench
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.export.card import method_values, title
 from fedtune.export.checkpoint import RunCheckpoint
 from fedtune.export.package import hub_base, hub_data, redact

@@ -1,4 +1,4 @@
-"""`fedtune eval` as a user types it: tables and JSON, mistakes, kill -9, existing generations, lm-eval beside it."""
+"""`fedtune eval` from the command line: tables and JSON, mistakes, kill -9, existing generations, lm-eval."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_and_its_base(run: Path) -> None:
-    """The base and its quantization come from the run, results go beside it, checkpoints stand against MiB."""
+    """The base comes from the run, results go to its folder, and the table shows each checkpoint's MiB."""
     words = ["--bench", "tiny", "--limit", "12", "--runs", run.parent, "--base", "--peft", "peft_1", "--peft", "peft_2"]
     done = fedtune(*words)
     assert done.exit_code == 0, done.stderr
@@ -103,36 +103,36 @@ def _cells(line: str) -> list[str]:
     return cells if len(cells) > 3 else ["", "", "", ""]
 
 
-def test_verify_and_official_are_said(run: Path) -> None:
+def test_verify_and_official(run: Path) -> None:
     done = fedtune("--bench", "tiny", "--limit", "9", "--base", "--model", "builtin:tiny", "--verify", "4")
-    assert "base on tiny: 4 of 4 answers are the same one by one" in done.stderr
+    assert "base on tiny: 4 of 4 answers equal one-by-one generation" in done.stderr
     done = fedtune("--bench", "tiny", "--limit", "9", "--base", "--model", "builtin:tiny", "--mode", "official")
     assert "tiny · flowertune · official" in done.stdout
     assert Path("runs/evaluations/builtin-tiny/acc_tiny_base_first9.txt").is_file()
 
 
-def test_unparsed_outputs_are_noted(tmp_path: Path) -> None:
-    """A model that answers with what is no letter: its score is of its form."""
+def test_unparsed_outputs_are_a_warning(tmp_path: Path) -> None:
+    """A model that answers with something other than a letter."""
     base = load_base(ModelConfig(base="builtin:tiny", quantization="none"))
     base.model.save_pretrained("same")
     base.tokenizer.save_pretrained("same")
     weights = load_file("same/model.safetensors")
-    # Every logit is 0: the first token of the vocabulary is the greedy one, and that is a special token.
+    # Every logit is 0, so that the greedy token is the first of the vocabulary, a special token.
     weights["model.norm.weight"] = torch.zeros_like(weights["model.norm.weight"])
     save_file(weights, "same/model.safetensors", metadata={"format": "pt"})
     done = fedtune("--bench", "tiny", "--limit", "8", "--base", "--model", "./same", "--quantization", "none")
     assert done.exit_code == 0, done.stderr
-    assert "100.0% of the outputs are no answer in form, most often '" in done.stderr
+    assert "100.0% of the outputs are unparsed answers, most often '" in done.stderr
     assert "(8)" in done.stderr
 
 
-def test_a_model_with_windows_says_its_path(tmp_path: Path) -> None:
-    """Case: windows of 16 tokens. The answers are those of one-by-one generation, and the path stands beside them."""
+def test_the_path_of_a_model_with_windows_is_named(tmp_path: Path) -> None:
+    """Windows of 16 tokens: the answers equal one-by-one generation, and the output names the path."""
     build("mistral", tmp_path)
     words = ["--bench", "tiny", "--limit", "12", "--base", "--model", "./mistral", "--quantization", "none"]
     done = fedtune(*words, "--verify", "12")
     assert done.exit_code == 0, done.stderr
-    assert "base on tiny: 12 of 12 answers are the same one by one" in done.stderr
+    assert "base on tiny: 12 of 12 answers equal one-by-one generation" in done.stderr
     assert "base on tiny: answered with shared prefixes (equal to one-by-one generation on 3 prompts" in done.stderr
 
 
@@ -173,7 +173,7 @@ def test_lm_eval_on_other_families(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--bench", "tiny"], 2, "Nothing to score"),
+        (["--bench", "tiny"], 2, "There is nothing to score"),
         (["--base", "--model", "builtin:tiny"], 2, "No benchmark is named"),
         (["--bench", "medmqca", "--base", "--model", "builtin:tiny"], 2, "Did you mean --bench medmcqa"),
         (["--bench", "code", "--base", "--model", "builtin:tiny"], 2, "run generated code"),
@@ -188,20 +188,28 @@ def test_lm_eval_on_other_families(tmp_path: Path, family: str) -> None:
         (["--bench", "tiny", "--peft", "damaged"], 3, "is damaged"),
         (["--bench", "tiny", "--peft", "other"], 3, "does not fit the model"),
         (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--limit", "0"], 2, "--limit 0"),
-        (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--mode", "slow"], 2, "--mode slow"),
-        (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--protocol", "x"], 2, "--protocol x"),
+        (
+            ["--bench", "tiny", "--base", "--model", "builtin:tiny", "--mode", "slow"],
+            2,
+            "'slow' is not one of",
+        ),
+        (
+            ["--bench", "tiny", "--base", "--model", "builtin:tiny", "--protocol", "x"],
+            2,
+            "'x' is not one of",
+        ),
         (
             ["--bench", "tiny", "--base", "--model", "builtin:tiny", "--quantization", "nf4", "--mode", "official"],
             2,
-            "--quantization out",
+            "Omit --quantization",
         ),
         (["--bench", "tiny", "--base", "--model", "builtin:tiny", "--protocol", "lm-eval"], 2, "no task for tiny"),
         (
             ["--bench", "medqa", "--base", "--model", "builtin:tiny", "--protocol", "lm-eval", "--verify", "3"],
             2,
-            "--protocol out",
+            "Omit --protocol",
         ),
-        (["--bench", "tiny", "--peft", "peft_1", "stray.json"], 2, "stray.json stands alone"),
+        (["--bench", "tiny", "--peft", "peft_1", "stray.json"], 2, "stray.json does not belong to an option"),
         (["--rescore", "missing.json"], 3, "no file missing.json"),
         (["--rescore", "garbage.json"], 2, "garbage.json is not a generation file"),
     ],
@@ -231,8 +239,8 @@ def test_mistakes_get_one_paragraph(
     assert done.stdout == ""
 
 
-def test_kill_9_and_go_on(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Every question is in the journal once, and the result is that of a call which was left alone."""
+def test_kill_9_and_continue(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every question is in the journal once, and the result equals that of an uninterrupted call."""
     shared = Path(__file__).parents[2].parent / "shared" / "data" / "benchmarks" / "medmcqa.jsonl"
     if shared.is_file():
         bench, rows = "medmcqa", [json.loads(line) for line in shared.read_text(encoding="utf-8").splitlines()[:400]]
@@ -275,7 +283,7 @@ def test_kill_9_and_go_on(tmp_path: Path, request: pytest.FixtureRequest) -> Non
 
 
 def test_rescore(tmp_path: Path) -> None:
-    """Ours, alone and with others, as a table and as JSON."""
+    """Files of fedtune, as a table and as JSON."""
     fedtune("--bench", "tiny", "--limit", "12", "--base", "--model", "builtin:tiny", "--out", "out")
     ours = Path("out/generation_tiny_base_fast_first12.jsonl")
     accuracy = json.loads(Path("out/results.json").read_text())[0]["accuracy"]
@@ -287,7 +295,7 @@ def test_rescore(tmp_path: Path) -> None:
 
 
 def test_rescore_the_published(shared_data: Path) -> None:
-    """Issue: to the last digit, all five in one call."""
+    """All five in one call, to the last digit."""
     files = sorted((shared_data / "generations").glob("*.json"))
     assert len(files) == 5
     done = fedtune("--rescore", *files)
@@ -317,7 +325,7 @@ LM_EVAL_ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def test_lm_eval_on_local_data(run: Path) -> None:
-    """Its own tasks on our files; labelled wherever it is shown; never in the place of the leaderboard's results."""
+    """lm-eval's tasks on local files; every output has the label; the leaderboard's results stay."""
     for name, rows in LM_EVAL_ROWS.items():
         lines(Path("data", f"{name}.jsonl"), rows)
     words = ["--bench", "medmcqa,medqa,pubmedqa,mmlu:anatomy", "--data-dir", "data", "--base", "--peft", run / "peft_2"]
@@ -340,7 +348,7 @@ def test_lm_eval_on_local_data(run: Path) -> None:
         assert each["accuracy"] == each["k"] / each["n"]
         assert (each["against_base"] is None) == (each["subject"] == "base")
     assert not list(Path("out").glob("acc_*"))
-    # The leaderboard's protocol beside it, in the same file.
+    # Results by the leaderboard's protocol go to the same file.
     done = fedtune(
         "--bench", "medqa", "--data-dir", "data", "--base", "--model", "builtin:tiny", "--out", "out", "--json"
     )
@@ -355,9 +363,9 @@ def test_lm_eval_on_local_data(run: Path) -> None:
     assert "1 of 1 rows cannot be used" in done.stderr
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's, while it makes the adapters
+@pytest.mark.filterwarnings("ignore")  # PEFT's warnings
 def test_adapters_of_plain_peft(tmp_path: Path) -> None:
-    """On an embedding; with a head that was trained whole; made by an initialisation that has changed the base."""
+    """On an embedding; with a fully trained head; with an initialization that changes the base."""
     for name, settings in {
         "head": {"modules_to_save": ["lm_head"]},
         "embedding": {"target_modules": ["embed_tokens", "q_proj"]},

@@ -1,4 +1,4 @@
-"""The leaderboard's files: to the byte, and back; whatever is not one is refused in one sentence."""
+"""The leaderboard's files: written to the byte, read back, and other files refused in one sentence."""
 
 import json
 from contextlib import suppress
@@ -9,24 +9,32 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import MissingError, UsageError
-from fedtune.evaluation.artefacts import accuracy_text, array_text, artefact_paths, lines_text, rescore, write_artefacts
-from fedtune.evaluation.benchmarks import careqa, fiqa, medmcqa, mmlu, pubmedqa
-from fedtune.evaluation.benchmarks.base import choice_prompt, finance_prompt, plain_prompt
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.scoring import Answer
+from fedtune.evaluation.artefacts import accuracy_text, artefact_paths, rescore, write_artefacts
+from fedtune.evaluation.tasks import careqa, fiqa, medmcqa, mmlu, pubmedqa
+from fedtune.evaluation.tasks.base import Answer, Question
+from fedtune.evaluation.tasks.registry import parse_bench
+from fedtune.evaluation.tasks.sentiment import finance_prompt
+from fedtune.evaluation.tasks.short_answer import choice_prompt, plain_prompt
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published runs are not at hand")
 
-# Lone surrogates come out of no tokenizer, and pandas refuses them.
+# Without lone surrogates, which no tokenizer returns and pandas refuses.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+array_text, lines_text = mmlu.TASK.generations_text, fiqa.TASK.generations_text
+
+
+def answer(prompt: str, gold: str, output: str, subset: str | None = None) -> Answer:
+    return Answer(Question("x", prompt, gold, subset), output)
 
 
 def choices(*pairs: tuple[str, str], instruction: str = mmlu.INSTRUCTION, subset: str | None = None) -> list[Answer]:
     options = ["x", "y", "z", "w"]
     return [
-        Answer(choice_prompt(instruction, f"Number {place}?", options), gold, output, subset)
-        for place, (gold, output) in enumerate(pairs)
+        answer(choice_prompt(instruction, f"Number {n}?", options), gold, output, subset)
+        for n, (gold, output) in enumerate(pairs)
     ]
 
 
@@ -51,7 +59,7 @@ def test_names_and_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["", "a/b", "a/"])
-def test_a_run_that_is_no_name_is_refused(tmp_path: Path, run: str) -> None:
+def test_a_run_that_is_not_a_file_name_is_refused(tmp_path: Path, run: str) -> None:
     with pytest.raises(UsageError, match="file name"):
         artefact_paths(tmp_path, parse_bench("medqa")[0], run)
 
@@ -66,15 +74,15 @@ def test_accuracy_is_written_in_full(k: int, n: int, text: str) -> None:
 def test_generations_are_what_pandas_writes(pairs: list[tuple[str, str]]) -> None:
     import pandas as pd
 
-    answers = [Answer(prompt, "A", output) for prompt, output in pairs]
+    answers = [answer(prompt, "A", output) for prompt, output in pairs]
     frame = pd.DataFrame([{"prompt": prompt, "gold": "A", "output": output} for prompt, output in pairs])
     assert array_text(answers) == frame.to_json(orient="records")
     lines = [{"context": prompt, "new_target": "neutral", "new_out": "positive"} for prompt, _ in pairs]
-    answers = [Answer(prompt, "neutral", f"Positive {output}") for prompt, output in pairs]
+    answers = [answer(prompt, "neutral", f"Positive {output}") for prompt, output in pairs]
     assert lines_text(answers) == pd.DataFrame(lines).to_json(orient="records", lines=True)
 
 
-def test_rescore_of_our_own_files(tmp_path: Path) -> None:
+def test_rescore_of_own_files(tmp_path: Path) -> None:
     answers = choices(("A", "A"), ("B", "A"), ("C", "The"), subset="anatomy")
     path = write_artefacts(tmp_path, parse_bench("mmlu:anatomy")[0], "r", answers, 1 / 3).generations
     result = rescore(path)
@@ -83,8 +91,8 @@ def test_rescore_of_our_own_files(tmp_path: Path) -> None:
     assert (result.published, result.agrees, result.verified) == (None, None, False)
 
     finance = [
-        Answer(finance_prompt("Up .", "tweet"), "positive", "so Positive"),
-        Answer(finance_prompt("x"), "neutral", "?"),
+        answer(finance_prompt("Up .", "tweet"), "positive", "so Positive"),
+        answer(finance_prompt("x"), "neutral", "?"),
     ]
     result = rescore(write_artefacts(tmp_path, parse_bench("fiqa")[0], "r", finance, 1.0).generations)
     assert (result.form, result.benchmark, result.answer_type) == ("lines", "fiqa", "sentiment")
@@ -102,10 +110,10 @@ def test_rescore_of_our_own_files(tmp_path: Path) -> None:
         ("generation_careqa_x.jsonl", choices(("A", "A"), instruction=careqa.INSTRUCTION), "careqa", "choice"),
         ("x.json", choices(*[("A", "A")] * 5621, instruction=careqa.INSTRUCTION), "careqa", "choice"),
         ("x.json", choices(("A", "A"), instruction="Another."), "unknown", "choice"),
-        ("x.json", [Answer(plain_prompt(pubmedqa.INSTRUCTION, "Is it?"), "no", "No")], "pubmedqa", "yes-no"),
+        ("x.json", [answer(plain_prompt(pubmedqa.INSTRUCTION, "Is it?"), "no", "No")], "pubmedqa", "yes-no"),
     ],
 )  # fmt: skip
-def test_content_tells_the_benchmark(
+def test_content_identifies_the_benchmark(
     tmp_path: Path, name: str, answers: list[Answer], benchmark: str, answer_type: str
 ) -> None:
     path = tmp_path / name
@@ -134,7 +142,7 @@ def test_forms(tmp_path: Path) -> None:
         assert (rescore(path).form, rescore(path).agrees) == ("published", agrees)
     finance = {"context": finance_prompt("x"), "new_target": "neutral", "new_out": "neutral"}
     path.write_text(json.dumps([finance]), encoding="utf-8")
-    assert fiqa.BENCHMARK.name in rescore(path).benchmark
+    assert fiqa.TASK.name in rescore(path).benchmark
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,7 @@ def test_forms(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"hello", "it is not JSON"),
         (b"12", "neither an array nor objects"),
-        (b"[]", "holds no answers"),
+        (b"[]", "does not contain any answers"),
         (b"[1]", "row 1 is not an object"),
         (b'[{"prompt": "p", "gold": "A"}]', "row 1 has no text in 'output'"),
         (b'[{"prompt": "p", "gold": "A", "output": null}]', "row 1 has no text in 'output'"),
@@ -155,11 +163,11 @@ def test_forms(tmp_path: Path) -> None:
         (b'[{"prompt": "p", "gold": "A", "output": "A"}', "cut off"),
         (b'{"prompt": "p", "gold": "A", "output": "A"}\n{"prompt": "p', "last line, 2, is cut off"),
         (b'{"a": 1}\nx\n{"a": 1}', "line 2 is not JSON"),
-        (b'{"published_accuracy": "1", "rows": []}', "no number"),
-        (b'{"published_accuracy": NaN, "rows": []}', "no number"),
-        (b'{"published_accuracy": 1e400, "rows": []}', "no number"),
-        (b'{"published_accuracy": 1, "rows": {}}', "no array"),
-        (b'{"published_accuracy": 1, "rows": []}', "holds no answers"),
+        (b'{"published_accuracy": "1", "rows": []}', "not a number"),
+        (b'{"published_accuracy": NaN, "rows": []}', "not a number"),
+        (b'{"published_accuracy": 1e400, "rows": []}', "not a number"),
+        (b'{"published_accuracy": 1, "rows": {}}', "not an array"),
+        (b'{"published_accuracy": 1, "rows": []}', "does not contain any answers"),
         (b"[" * 100_000, "its JSON"),
         (b"[" + b"1" * 5_000 + b"]", "its JSON"),
     ],
@@ -187,7 +195,7 @@ tmp_once = settings(deadline=None, suppress_health_check=[HealthCheck.function_s
 @tmp_once
 @given(st.lists(st.tuples(texts, st.sampled_from("ABCDE"), texts, texts | st.none()), min_size=1, max_size=5))
 def test_written_and_read_back(tmp_path: Path, rows: list[tuple[str, str, str, str | None]]) -> None:
-    answers = [Answer(*row) for row in rows]
+    answers = [answer(*row) for row in rows]
     path = tmp_path / "x.json"
     path.write_text(array_text(answers), encoding="utf-8")
     result = rescore(path)

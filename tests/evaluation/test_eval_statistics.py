@@ -29,7 +29,7 @@ def test_wilson_at_the_ends() -> None:
     assert (wilson(0, 4, z=2.0).low, wilson(0, 4, z=2.0).high) == (0.0, 0.5)
     assert (wilson(4, 4, z=2.0).low, wilson(4, 4, z=2.0).high) == (0.5, 1.0)
     for k, n in ((0, 0), (-1, 3), (4, 3)):
-        with pytest.raises(ValueError, match="no share"):
+        with pytest.raises(ValueError, match="not a share"):
             wilson(k, n)
 
 

@@ -1,10 +1,11 @@
-"""Every family of models answers, on whichever path the probe finds exact, as it does one prompt at a time.
+"""Every model family gives the same answers on the path that the probe chooses as one prompt at a time.
 
 `pytest -m slow tests/evaluation/test_families.py` prints a table: family, benchmark, equal answers, path, and why.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from support.families import FAMILIES, NOT_BUILT, NOT_CAUSAL, build
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import UsageError
-from fedtune.evaluation import evaluate as module
-from fedtune.evaluation import official
-from fedtune.evaluation.answer import PATHS
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.evaluate import BASE, BenchResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.probe import ONE_BY_ONE
+from fedtune.evaluation.backends.fast import PATHS
+from fedtune.evaluation.backends.probe import ONE_BY_ONE
+from fedtune.evaluation.driver import evaluate
+from fedtune.evaluation.results import BenchmarkResult
+from fedtune.evaluation.settings import EvalSettings
+from fedtune.evaluation.subjects import BASE, Subject
+from fedtune.evaluation.tasks.registry import parse_bench
+from fedtune.evaluation.tasks.sentiment import SentimentTask
 
 SHARED, OWN_MASKS, RIGHT, LEFT, EQUAL = (path.name for path in PATHS)
 
@@ -30,20 +33,20 @@ QUICK = {
     "bloom": (OWN_MASKS, OWN_MASKS),
     "mamba": (LEFT, RIGHT),
 }
-"""Families that are tried by default, with their paths on FPB, which writes texts, and on the tiny benchmark, which writes one
-letter: there nothing follows the padding that a window or a running state could lose."""
+"""Families of the default tests, with their paths on FPB, whose answers are texts, and on the tiny benchmark, whose answers are
+one letter: there no token follows the padding that a window or a running state could lose."""
 
 SENTENCE = "profit rose fell sharply in the third quarter as net sales grew and the company sold its unit"
 
 
-def answered(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[BenchResult]:
+def answered(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[BenchmarkResult]:
     """Score a family's random model on a few questions of FPB and of the tiny benchmark, all of them verified."""
     words = SENTENCE.split()
     sentences = [" ".join(words[start : start + 1 + 2 * (start % 6)]) for start in range(12)]
     rows = [{"sentence": f"{text} {n}.", "label": n % 3} for n, text in enumerate(sentences)]
     (folder / "fpb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for place in (official, module):
-        monkeypatch.setattr(place, "FINANCE_LENGTH", 105)  # a model that never stops writes up to 512 tokens
+    short = replace(SentimentTask.padded_batches, max_length=105)
+    monkeypatch.setattr(SentimentTask, "padded_batches", short)  # a model that never stops writes up to 512 tokens
     settings = EvalSettings(
         model=ModelConfig(base=str(build(family, folder)), quantization="none", compute_dtype="fp32"),
         subjects=(Subject(BASE),),
@@ -71,7 +74,7 @@ def test_a_family_answers_as_one_by_one(family: str, tmp_path: Path, monkeypatch
     assert tuple(result.answer_path for result in results) == QUICK[family]
 
 
-def test_a_model_whose_answers_are_drawn_at_random_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_random_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reformer's attention hashes tokens into buckets with random directions, also in evaluation."""
     with pytest.raises(UsageError, match="reformer model computes other logits each time"):
         answered("reformer", tmp_path, monkeypatch)

@@ -1,4 +1,4 @@
-"""Loading questions: files and hub, checked against the official facts; nothing wrong is scored silently."""
+"""Loading questions from files and the hub, and comparing them with the official data."""
 
 import json
 import random
@@ -17,15 +17,15 @@ from huggingface_hub import constants
 
 import fedtune.hub
 from fedtune.errors import MissingError, UsageError
-from fedtune.evaluation.benchmarks import hub, load
-from fedtune.evaluation.benchmarks.base import Benchmark, Part, Question, Row, Selection, Source, content_hash
-from fedtune.evaluation.benchmarks.find import benchmarks, parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
+from fedtune.evaluation.tasks import hub, load
+from fedtune.evaluation.tasks.base import Part, Question, Row, Selection, Source, Task, content_hash
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import all_tasks, parse_bench
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the official rows are not at hand")
 
-MEDMCQA = benchmarks()["medmcqa"]
+MEDMCQA = all_tasks()["medmcqa"]
 
 
 def row(number: int, **changes: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def bench_of(rows: int | None, sha256: str | None = None, **changes: Any) -> Selection:
-    """MedMCQA's form with other official facts."""
+    """MedMCQA with other official row counts and hashes."""
     return Selection(replace(MEDMCQA, parts={"": Part(rows, sha256)}, **changes))
 
 
@@ -45,8 +45,8 @@ def write(folder: Path, rows: Iterable[Row], name: str = "medmcqa.jsonl") -> Pat
     return path
 
 
-def hash_of(bench: Benchmark, rows: Iterable[Row]) -> str:
-    return content_hash(bench.ask(each) for each in rows)
+def hash_of(task: Task, rows: Iterable[Row]) -> str:
+    return content_hash(task.ask(each) for each in rows)
 
 
 def test_rows_in_their_order_with_ids(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_out_of_range_answers_are_refused_everywhere(tmp_path: Path, name: str, 
         load_questions(parse_bench(f"{name}:{part}" if part else name)[0], tmp_path)
 
 
-@pytest.mark.parametrize(("text", "answer"), [("b", "option B, but answer_idx is A"), ("z", "none of the options")])
+@pytest.mark.parametrize(("text", "answer"), [("b", "option B, but answer_idx is A"), ("z", "not one of the options")])
 def test_medqa_answer_must_be_an_option(tmp_path: Path, text: str, answer: str) -> None:
     options = [{"key": key, "value": key.lower()} for key in "ABCD"]
     write(tmp_path, [{"question": "Q", "options": options, "answer": text, "answer_idx": "A"}], "medqa.jsonl")
@@ -193,9 +193,9 @@ def test_parquet_gives_the_same_questions(tmp_path: Path) -> None:
     assert load_questions(selection, tmp_path).questions == from_parquet
 
 
-def test_tiny_ships_unless_a_file_is_given(tmp_path: Path) -> None:
+def test_tiny_uses_its_own_file_unless_one_is_given(tmp_path: Path) -> None:
     shipped = write(tmp_path / "own", [row(0, subject="taste"), row(1, subject="colour")], "test.jsonl")
-    tiny = Selection(replace(benchmarks()["tiny"], shipped=shipped))
+    tiny = Selection(replace(all_tasks()["tiny"], shipped=shipped))
     for data_dir in (None, tmp_path):
         loaded = load_questions(tiny, data_dir)
         assert [question.subset for question in loaded.questions] == ["taste", "colour"]
@@ -209,7 +209,7 @@ def test_tiny_ships_unless_a_file_is_given(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Row] | Exception]:
-    """What each hub id answers; the hub itself is there."""
+    """The rows or the error of each hub id; the hub itself can be reached."""
     answers: dict[str, list[Row] | Exception] = {}
 
     def answer(source: Source, part: str) -> list[Row]:
@@ -223,7 +223,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Row] | Exception]
     return answers
 
 
-def test_first_source_that_holds_the_official_rows_is_taken(sources: dict[str, Any]) -> None:
+def test_the_first_source_with_the_official_rows_is_used(sources: dict[str, Any]) -> None:
     rows = [row(0, extra="columns of the hub do no harm"), row(1)]
     official = hash_of(MEDMCQA, rows)
     chain = (Source("copy/short", "test"), Source("copy/other", "test"), Source("the/original", "test", original=True))
@@ -237,13 +237,13 @@ def test_first_source_that_holds_the_official_rows_is_taken(sources: dict[str, A
     sources["copy/other"] = [row(0), row(2)]
     with pytest.raises(MissingError) as caught:
         load_questions(selection)
-    assert "copy/short (holds 1 of the 2 rows)" in caught.value.message
+    assert "copy/short (has 1 of the 2 rows)" in caught.value.message
     assert "copy/other (its rows differ from the official ones)" in caught.value.message
     assert "the/original (a script data set" in caught.value.message
     assert "--data-dir" in caught.value.hint
 
 
-def test_a_copy_without_known_hash_is_said_to_be_unverified(sources: dict[str, Any]) -> None:
+def test_a_copy_without_known_hash_is_unverified(sources: dict[str, Any]) -> None:
     rows = [row(0), row(0)]
     copy = bench_of(2, sources=(Source("some/copy", "test", revision="0123456789" * 4),))
     sources["some/copy"] = rows
@@ -286,7 +286,7 @@ def test_hub_rows_never_runs_a_script_and_asks_for_the_pinned_revision(monkeypat
 def test_fpb_is_cut_to_the_leaderboards_quarter() -> None:
     import datasets
 
-    from fedtune.evaluation.benchmarks.fpb import held_out
+    from fedtune.evaluation.tasks.sentiment import held_out
 
     whole = datasets.Dataset.from_list([{"sentence": str(number), "label": 0} for number in range(4846)])
     rows = list(held_out(whole))
@@ -313,7 +313,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub.close_session()
 
 
-def test_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> None:
+def test_an_unreachable_hub_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> None:
     with HTTPServer(("127.0.0.1", 0), Silent) as server:
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -327,9 +327,11 @@ def test_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch, no_pro
     assert time.monotonic() - start < 10
 
 
-def test_hub_that_never_answers_costs_no_more_than_the_wait(monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> None:
+def test_a_hub_that_never_answers_is_an_error_after_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, no_proxy: None
+) -> None:
     monkeypatch.setattr(fedtune.hub, "DEADLINE_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts the connection and sends nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
         with pytest.raises(MissingError, match=r"did not answer within 0\.1 s"):
@@ -384,7 +386,7 @@ def as_medqa_copy(rows: list[dict[str, Any]]) -> list[Row]:
         ("medmcqa", "medmcqa.jsonl", "openlifescienceai/medmcqa", list),
     ],
 )
-def test_a_copy_with_the_official_rows_stands_in(
+def test_a_copy_with_the_official_rows_is_used(
     sources: dict[str, Any], bench: str, file: str, hub_id: str, copy: Callable[[list[dict[str, Any]]], list[Row]]
 ) -> None:
     sources[hub_id] = copy(read(file))

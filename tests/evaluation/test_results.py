@@ -1,4 +1,4 @@
-"""`results.json`: what is read, what is refused with its place, and that nothing refused is written over."""
+"""`results.json`: reading, refusals with their position, and that a refused file is never overwritten."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_the_first_format_is_still_read(tmp_path: Path) -> None:
-    """A bare list of results without `format`, as fedtune wrote it before formats had numbers."""
+    """A list of results without `format`, as early versions of fedtune wrote it."""
     file = tmp_path / "results.json"
     file.write_text(json.dumps([record("old")]))
     add_results(file, [record("new", format=FORMAT)])
@@ -54,38 +54,41 @@ REFUSED = {
     "without the last bracket": (WHOLE.rstrip()[:-1], "cut off"),
     "garbage": ("garbage", "is not JSON"),
     "NaN": (WHOLE.replace("0.25", "NaN", 1), "NaN"),
-    "an object": ('{"results": []}', "no array of results"),
-    "a text": ('"results"', "no array of results"),
-    "a list of numbers": ("[1, 2]", "entry 1 is no result"),
-    "somebody else's list": ('[{"name": "run", "score": 0.5}]', "entry 1 is no result"),
-    "a good one and a bad one": (json.dumps([record(), record("b", accuracy=0.75)]), "entry 2 is no result"),
-    "counts that are texts": (json.dumps([record(k="2")]), "entry 1 is no result"),
-    "more right answers than questions": (json.dumps([record(k=9, accuracy=9 / 8)]), "entry 1 is no result"),
+    "an object": ('{"results": []}', "not contain an array of results"),
+    "a text": ('"results"', "not contain an array of results"),
+    "a list of numbers": ("[1, 2]", "entry 1 is not a result"),
+    "somebody else's list": ('[{"name": "run", "score": 0.5}]', "entry 1 is not a result"),
+    "a good one and a bad one": (json.dumps([record(), record("b", accuracy=0.75)]), "entry 2 is not a result"),
+    "counts that are texts": (json.dumps([record(k="2")]), "entry 1 is not a result"),
+    "more right answers than questions": (json.dumps([record(k=9, accuracy=9 / 8)]), "entry 1 is not a result"),
     "a newer record": (json.dumps([record(format=FORMAT + 1)]), "newer version"),
     "a newer file": (json.dumps({"format": FORMAT + 7, "results": []}), "newer version"),
     "a newer record of another form": (json.dumps([{"format": 99}]), "newer version"),
     "a number beyond every float": (
         json.dumps([record(seconds=0)]).replace(": 0}", ": 1e999}"),
-        "'seconds' holds a number",
+        "'seconds' contains a number",
     ),
-    "such an accuracy": (WHOLE.replace("0.25", "1e999", 1), "entry 1 .*'accuracy' holds a number that is too large"),
-    "an integer of 400 digits": (json.dumps([record(accuracy=10**400)]), "'accuracy' holds a number that is too large"),
-    "counts of 400 digits": (json.dumps([record(n=10**400, k=10**400, accuracy=1)]), "'n' holds a number"),
-    "an integer of 5,000 digits": (WHOLE.replace("0.25", "9" * 5000, 1), "'accuracy' holds a number"),
+    "such an accuracy": (WHOLE.replace("0.25", "1e999", 1), "entry 1 .*'accuracy' contains a number that is too large"),
+    "an integer of 400 digits": (
+        json.dumps([record(accuracy=10**400)]),
+        "'accuracy' contains a number that is too large",
+    ),
+    "counts of 400 digits": (json.dumps([record(n=10**400, k=10**400, accuracy=1)]), "'n' contains a number"),
+    "an integer of 5,000 digits": (WHOLE.replace("0.25", "9" * 5000, 1), "'accuracy' contains a number"),
     "half a character": (
         json.dumps([record("\ud800")]),
-        r"entry 1 .*'subject' holds '\\ud800', which is no Unicode text",
+        r"entry 1 .*'subject' contains '\\ud800', which is not Unicode text",
     ),
-    "half a character inside": (json.dumps([record(found=[{"of": ["\udfff"]}])]), "'of' holds .* no Unicode text"),
-    "half a character as a key": (json.dumps([record(found={"\ud800": 1})]), "'found' holds .* no Unicode text"),
+    "half a character inside": (json.dumps([record(found=[{"of": ["\udfff"]}])]), "'of' contains .* not Unicode text"),
+    "half a character as a key": (json.dumps([record(found={"\ud800": 1})]), "'found' contains .* not Unicode text"),
     "a key twice": (json.dumps([record()]).replace('"k": 2', '"k": 2, "k": 2'), "the key 'k' twice"),
-    "a result inside a list": (json.dumps([[record()]]), "entry 1 is no result"),
+    "a result inside a list": (json.dumps([[record()]]), "entry 1 is not a result"),
     "too many levels": ("[" * 100_000, "more than 32 levels"),
     "too many levels in a result": (
         json.dumps([record(found=1)]).replace(": 1}", f": {'[' * 400}{']' * 400}}}"),
         "32 levels",
     ),
-    "a format that is a text": (json.dumps([record(format="two")]), "entry 1 is no result"),
+    "a format that is a text": (json.dumps([record(format="two")]), "entry 1 is not a result"),
 }
 
 
@@ -121,7 +124,7 @@ def test_a_directory_in_its_place_is_refused_and_stays(tmp_path: Path) -> None:
     assert file.is_dir()
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"[\xff\xfe]")
     with pytest.raises(MissingError, match="not UTF-8"):
         add_results(tmp_path / "results.json", [record()])
@@ -139,7 +142,7 @@ def test_only_json_numbers_are_written(tmp_path: Path) -> None:
     assert (read["verified"]["smallest_gaps"], read["seconds"]) == ([None, None, 0.5], None)
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MissingError, match=r"Results cannot be written to .*file/out: Not a directory"):
         prepare_folder(tmp_path / "file" / "out")
@@ -158,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_said(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
         with pytest.raises(MissingError, match="Permission denied"):

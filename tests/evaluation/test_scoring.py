@@ -1,14 +1,25 @@
-"""The official scoring, rule by rule and over anything that a model may say."""
+"""The official scoring, rule by rule and on any output."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import UsageError
-from fedtune.evaluation.benchmarks.base import AnswerType
-from fedtune.evaluation.scoring import Answer, Prediction, predict, score
+from fedtune.evaluation.scoring import Score, score_answers
+from fedtune.evaluation.tasks.base import Answer, Question, Task
+from fedtune.evaluation.tasks.registry import all_tasks
 
-ANSWER_TYPES: list[AnswerType] = ["choice", "yes-no", "sentiment"]
+TASKS: dict[str, Task] = {task.answer_type: task for task in all_tasks().values()}
+"""One of each answer type."""
+
+
+def predict(output: str, answer_type: str) -> tuple[str, bool]:
+    prediction = TASKS[answer_type].score(Question("x/0", "prompt", "A"), output)
+    return prediction.value, prediction.parsed
+
+
+def score(given_answers: list[Answer], answer_type: str, *, mapped: bool = False) -> Score:
+    return score_answers(TASKS[answer_type], given_answers, mapped=mapped)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +45,7 @@ ANSWER_TYPES: list[AnswerType] = ["choice", "yes-no", "sentiment"]
     ],
 )
 def test_choice(output: str, value: str, parsed: bool) -> None:
-    assert predict(output, "choice") == Prediction(value, parsed)
+    assert predict(output, "choice") == (value, parsed)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +68,7 @@ def test_choice(output: str, value: str, parsed: bool) -> None:
     ],
 )
 def test_yes_no(output: str, value: str, parsed: bool) -> None:
-    assert predict(output, "yes-no") == Prediction(value, parsed)
+    assert predict(output, "yes-no") == (value, parsed)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +85,11 @@ def test_yes_no(output: str, value: str, parsed: bool) -> None:
     ],
 )
 def test_sentiment(output: str, value: str, parsed: bool) -> None:
-    assert predict(output, "sentiment") == Prediction(value, parsed)
+    assert predict(output, "sentiment") == (value, parsed)
 
 
 def answers(*pairs: tuple[str, str], subset: str | None = None) -> list[Answer]:
-    return [Answer(f"prompt {place}", gold, output, subset) for place, (gold, output) in enumerate(pairs)]
+    return [Answer(Question("x", f"prompt {n}", gold, subset), output) for n, (gold, output) in enumerate(pairs)]
 
 
 def test_score_by_hand() -> None:
@@ -98,7 +109,7 @@ def test_score_by_hand() -> None:
     assert result.correct == (True, False, False, True, False, False, True)
 
 
-def test_maybe_counts_only_as_it_stands() -> None:
+def test_maybe_counts_only_as_the_whole_output() -> None:
     result = score(answers(("maybe", "Maybe"), ("maybe", "maybe so"), ("yes", "Yes")), "yes-no")
     assert (result.k, result.unparsed) == (2, 1)
 
@@ -118,27 +129,27 @@ def test_nothing_to_score() -> None:
 
 
 @settings(deadline=None)
-@given(output=st.text(), answer_type=st.sampled_from(ANSWER_TYPES))
-def test_any_output_gets_a_prediction(output: str, answer_type: AnswerType) -> None:
-    prediction = predict(output, answer_type)
+@given(output=st.text(), answer_type=st.sampled_from(sorted(TASKS)))
+def test_any_output_gets_a_prediction(output: str, answer_type: str) -> None:
+    value, parsed = predict(output, answer_type)
     if answer_type == "sentiment":
-        assert prediction.value in ("positive", "negative", "neutral")
-    elif not prediction.parsed:
-        assert prediction.value == output.lower()
-    if prediction.parsed and answer_type != "sentiment":
-        assert predict(prediction.value, answer_type) == prediction
+        assert value in ("positive", "negative", "neutral")
+    elif not parsed:
+        assert value == output.lower()
+    if parsed and answer_type != "sentiment":
+        assert predict(value, answer_type) == (value, parsed)
 
 
 @settings(deadline=None)
 @given(letter=st.sampled_from("abcdeABCDE"), before=st.text(" .*(\n", max_size=3), after=st.text(" .)\n", max_size=3))
 def test_a_letter_among_marks_is_that_letter(letter: str, before: str, after: str) -> None:
-    assert predict(before + letter + after, "choice") == Prediction(letter.lower(), True)
+    assert predict(before + letter + after, "choice") == (letter.lower(), True)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ABCD"), st.text(max_size=8), st.sampled_from([None, "s", "t"])), min_size=1))
 def test_counts_add_up(rows: list[tuple[str, str, str | None]]) -> None:
-    result = score([Answer("p", gold, output, subset) for gold, output, subset in rows], "choice")
+    result = score([Answer(Question("x", "p", gold, subset), output) for gold, output, subset in rows], "choice")
     assert result.k == sum(result.correct) == result.k_parsed
     assert result.unparsed is not None
     assert 0 <= result.k <= result.n - result.unparsed <= result.n == len(rows)

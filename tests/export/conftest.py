@@ -11,9 +11,10 @@ import pytest
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny challenge, two rounds of one step, scored in official mode beside its base; not to be changed."""
     from fedtune.config.load import load_config
-    from fedtune.evaluation.benchmarks.find import parse_bench
-    from fedtune.evaluation.evaluate import EvalSettings, evaluate
+    from fedtune.evaluation.driver import evaluate
+    from fedtune.evaluation.settings import EvalSettings
     from fedtune.evaluation.subjects import find_subjects
+    from fedtune.evaluation.tasks.registry import parse_bench
     from fedtune.federation.train import train
 
     runs = tmp_path_factory.mktemp("real") / "runs"

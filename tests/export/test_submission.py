@@ -23,8 +23,8 @@ from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ConfigError, MissingError, UsageError
 from fedtune.evaluation.artefacts import write_artefacts
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.scoring import Answer
+from fedtune.evaluation.tasks.base import Answer, Question
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.export.checkpoint import open_run
 from fedtune.export.leaderboard import readiness
 from fedtune.export.lint.check import check
@@ -182,10 +182,13 @@ def test_code_is_not_scored_here(tmp_path: Path) -> None:
 
 def questions(bench: str, n: int) -> list[Answer]:
     """As many rows as the benchmark has, two of three of them right, with its instruction above them."""
-    benchmark = parse_bench(bench)[0].benchmark
+    benchmark = parse_bench(bench)[0].task
     gold = "yes" if benchmark.answer_type == "yes-no" else "A"
     return [
-        Answer(f"{benchmark.instruction}\nQuestion: {number}?\nThe answer is:\n", gold, gold if number % 3 else "Z")
+        Answer(
+            Question(str(number), f"{benchmark.instruction}\nQuestion: {number}?\nThe answer is:\n", gold),
+            gold if number % 3 else "Z",
+        )
         for number in range(n)
     ]
 
@@ -205,7 +208,7 @@ def medical(tmp_path: Path) -> Path:
     records = []
     for bench, n in ROWS.items():
         answers = questions(bench, n)
-        k = sum(answer.output == answer.gold for answer in answers)
+        k = sum(answer.output == answer.question.gold for answer in answers)
         write_artefacts(run / "benchmarks", parse_bench(bench)[0], "peft_2", answers, k / n)
         records.append(result(run / "peft_2", bench, k, n))
     write_results(run, records)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtune.budget.plan import plan
 from fedtune.config.load import load_config
-from fedtune.evaluation.compare import compare
+from fedtune.evaluation.driver import compare
 from fedtune.federation.client import RESIDUAL, _reply
 from fedtune.federation.client_state import ClientState
 from fedtune.federation.node.policy import NODE_KEY, NodeSettings

@@ -15,8 +15,8 @@ from functools import cache
 from math import ceil, floor
 
 from fedtune.config.facts import load_preset, preset_names
-from fedtune.evaluation.benchmarks.base import Selection
-from fedtune.evaluation.benchmarks.find import benchmarks, parse_bench
+from fedtune.evaluation.tasks.base import Selection
+from fedtune.evaluation.tasks.registry import all_tasks, parse_bench
 
 AVERAGE = "average"
 
@@ -90,15 +90,15 @@ def row_count(bench: str) -> int | None:
     selection = selections().get(bench)
     if selection is None:
         return None
-    if selection.expected is None and selection.benchmark.shipped is not None:
-        return sum(1 for line in selection.benchmark.shipped.read_bytes().splitlines() if line.strip())
+    if selection.expected is None and selection.task.shipped is not None:
+        return sum(1 for line in selection.task.shipped.read_bytes().splitlines() if line.strip())
     return selection.expected
 
 
 @cache
 def selections() -> dict[str, Selection]:
     """Return every benchmark and ranked category by name."""
-    return {selection.name: selection for name in benchmarks() for selection in parse_bench(name)}
+    return {selection.name: selection for name in all_tasks() for selection in parse_bench(name)}
 
 
 @cache

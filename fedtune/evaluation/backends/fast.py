@@ -1,9 +1,9 @@
-"""Fast paths from questions to answers: many at a time, shared prefixes once, the last position's logits only.
+"""Answers many requests at a time: shared prefixes are computed once, and logits only for the last position.
 
-The prompts of a benchmark begin alike: the state after their common prefix is computed once and reused, as deep as common
-prefixes go. What remains of each prompt is sorted by length and batched to a token budget. Not every model allows that:
-`PATHS` lists the ways from the quickest to the plainest, and `probe.choose_path` takes the first that answers as the model's
-own `generate` does on one prompt at a time.
+The prompts of a benchmark begin with the same tokens. The state after a common prefix is computed once and reused. The rest of
+each prompt is sorted by length and batched to a token budget. This is not exact on every model: `PATHS` lists the alternatives
+from the fastest to the simplest, and `probe.choose_path` takes the first that gives the same answers as the model's own
+`generate` on one prompt at a time.
 """
 
 from __future__ import annotations
@@ -21,35 +21,33 @@ import torch
 from transformers import Cache, DynamicCache
 
 from fedtune.errors import MissingError
+from fedtune.evaluation.backends.generation import Reply, Request, Tokens, greedy, pad_token_of, stop_tokens
 from fedtune.models.base import Base, is_out_of_memory
-from fedtune.models.check import ends_of_text
 from fedtune.models.compat import DynamicLayer, LinearAttentionCacheLayerMixin
 
-Tokens = tuple[int, ...]
-
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
-"""Tokens of a batch, padding included, to begin with; running out of memory halves it."""
+"""Initial tokens of a batch, padding included; running out of memory halves the number."""
 
 _GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 _LEAST_MEMBERS, _LEAST_GAIN = 8, 16
-"""A deeper common prefix is worth a pass of its own from so many prompts and so many tokens on."""
+"""A longer common prefix gets its own pass from so many prompts and so many additional tokens on."""
 
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size", "window_size")
-"""Names of windows and chunks of attention in configs."""
+"""Config keys of attention windows and chunks."""
 
 
 @dataclass(frozen=True)
 class AnswerPath:
-    """One way of computing answers."""
+    """One method of computing answers."""
 
     name: str
     """In results, journals and on the terminal."""
     padding: Literal["right", "left", "none"]
-    """Which side of a batch's shorter rows is filled; "none": all rows of a batch are equally long."""
+    """Side on which a batch's shorter rows are padded; "none": all rows of a batch have the same length."""
     shares_prefixes: bool = False
     own_masks: bool = False
-    """Leave out masks, or pass our own, where a plain causal mask is enough; else the model builds its masks from ones and
+    """Pass no mask, or one made here, where a plain causal mask is enough; otherwise the model builds its masks from ones and
     zeros for tokens and padding."""
 
 
@@ -60,37 +58,11 @@ PATHS = (
     AnswerPath("batches padded on the left", "left"),
     AnswerPath("batches of equal length", "none"),
 )
-"""From the quickest to the plainest; those that do not pad on the right go through the model's own `generate`."""
+"""From the fastest to the simplest; those that do not pad on the right use the model's own `generate`."""
 
 
 class UnsupportedPathError(Exception):
-    """A model's cache or output is not what a path needs; the text says why."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt, ready for the model."""
-
-    tokens: Tokens
-    """Of the wrapped prompt, with the tokenizer's special tokens."""
-    new_tokens: int
-    """Most tokens of the answer."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The model's greedy answer to one request."""
-
-    place: int
-    """The request's place in the list of requests."""
-    text: str
-    """The new tokens as text, special tokens left out."""
-    gap: float
-    """Logit of the first new token over the runner-up's: a small one may turn with the arithmetic."""
-    tokens: Tokens = ()
-    """The new tokens, up to and including one that ends the answer."""
-    logits: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """(new tokens, vocabulary) where they were asked for."""
+    """A path does not support a model's cache or output; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -99,51 +71,46 @@ class Group:
 
     prefix: Tokens
     members: tuple[int, ...]
-    """Places of the requests."""
+    """Indices of the requests."""
 
 
 @dataclass
 class Budget:
-    """Tokens of a batch; shrinks for good when memory runs out."""
+    """Tokens of a batch; permanently reduced when memory runs out."""
 
     tokens: int
 
     @classmethod
     def of(cls, device: torch.device) -> Budget:
-        """Return the budget to begin with on `device`."""
+        """Return the initial budget on `device`."""
         return cls(GPU_TOKENS if device.type == "cuda" else CPU_TOKENS)
 
 
 @dataclass
 class Work:
-    """What the answers have cost so far."""
+    """Counts of the computation so far."""
 
     prompt_tokens: int = 0
-    """Tokens of the prompts, each prompt counted whole."""
+    """Tokens of the complete prompts."""
     computed_tokens: int = 0
     """Tokens that went through the model: shared prefixes once, padding included."""
     halvings: list[int] = field(default_factory=list)
     """Token budgets after running out of memory."""
 
 
-def tokenize(base: Base, prompts: Sequence[str]) -> list[Tokens]:
-    """Return the tokens of wrapped prompts, special tokens included, as `tokenizer(prompt)` gives them."""
-    return [tuple(ids) for ids in base.tokenizer(list(prompts))["input_ids"]] if prompts else []
-
-
 def group_by_prefix(sequences: Sequence[Tokens]) -> list[Group]:
-    """Group token sequences by their common prefixes; every sequence keeps at least one token of its own.
+    """Group token sequences by their common prefixes; every sequence keeps at least one token after the prefix.
 
     Returns:
-        Groups in which every place occurs once; small branches stay with the group that they branch off from.
+        Groups that contain every index once; small groups stay in the group with the shorter prefix.
     """
-    order = sorted(range(len(sequences)), key=lambda place: sequences[place])
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
     groups: list[Group] = []
 
     def shared(low: int, high: int) -> int:
         # Of sorted sequences the first and the last have the least in common.
         first, last = sequences[order[low]], sequences[order[high - 1]]
-        most = min(len(sequences[place]) for place in order[low:high]) - 1
+        most = min(len(sequences[index]) for index in order[low:high]) - 1
         return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))), most)
 
     def split(low: int, high: int, depth: int) -> None:
@@ -176,21 +143,21 @@ def answer(
     *,
     keep_logits: bool = False,
 ) -> Iterator[list[Reply]]:
-    """Answer requests greedily, batch by batch, in an order of our own choosing.
+    """Answer requests greedily, batch by batch, in an order that reduces padding.
 
     Args:
-        base: The base model; an adapter that is attached to it acts.
-        requests: Tokens and lengths of answers.
+        base: The base model, with any adapter that is attached to it.
+        requests: In any order.
         budget: Tokens of a batch.
-        work: Is added to.
-        path: How; `probe.choose_path` says which are exact for a model.
-        keep_logits: Replies carry their logits.
+        work: Counts to increase.
+        path: The method; `probe.choose_path` finds one that is exact for the model.
+        keep_logits: Whether replies contain their logits.
 
     Yields:
         The replies of one batch.
 
     Raises:
-        MissingError: the device's memory does not hold a single question.
+        MissingError: a single question does not fit in the device's memory.
         UnsupportedPathError: the model does not allow this path.
     """
     work = work if work is not None else Work()
@@ -205,8 +172,8 @@ def answer(
             cache = _prefix_cache(base, group.prefix, work)
         else:
             group = Group((), group.members)
-        # Longest first: the first batch is the one that memory may not hold.
-        waiting = sorted(group.members, key=lambda place: -lengths[place])
+        # Longest first, so that a lack of memory shows in the first batch.
+        waiting = sorted(group.members, key=lambda index: -lengths[index])
         while waiting:
             batch = _next_batch(requests, waiting, budget.tokens, len(group.prefix), path, window)
             try:
@@ -218,7 +185,7 @@ def answer(
                 if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    raise no_room(lengths[batch[0]]) from None
+                    raise memory_error(lengths[batch[0]]) from None
                 budget.tokens = max(1, budget.tokens // 2)
                 work.halvings.append(budget.tokens)
                 torch.cuda.empty_cache()
@@ -227,9 +194,9 @@ def answer(
             yield replies
 
 
-def no_room(length: int) -> MissingError:
-    """Return the error that says that memory does not hold a question of `length` tokens."""
-    return MissingError(f"The device's memory does not hold one question of {length} tokens.")
+def memory_error(length: int) -> MissingError:
+    """Return the error for a question of `length` tokens that does not fit in memory."""
+    return MissingError(f"One question of {length} tokens does not fit in the device's memory.")
 
 
 def smallest_window(model: Any) -> int | None:
@@ -243,14 +210,14 @@ def smallest_window(model: Any) -> int | None:
 def _next_batch(
     requests: Sequence[Request], waiting: Sequence[int], tokens: int, prefix: int, path: AnswerPath, window: int | None
 ) -> Sequence[int]:
-    """Return how many of `waiting`, which is sorted from the longest on, are answered together."""
+    """Return the first requests of `waiting`, which is sorted from the longest on, to answer together."""
     longest = len(requests[waiting[0]].tokens)
     batch = waiting[: max(1, tokens // (longest - prefix))]
     if path.padding == "none":
-        return list(takewhile(lambda place: len(requests[place].tokens) == longest, batch))
-    if path.padding == "right" and window is not None and max(requests[place].new_tokens for place in batch) > 1:
-        # Windows count padding as well: what is generated must see all of its row, whatever lies between.
-        fitting = list(takewhile(lambda place: longest + requests[place].new_tokens <= window, batch))
+        return list(takewhile(lambda index: len(requests[index].tokens) == longest, batch))
+    if path.padding == "right" and window is not None and max(requests[index].new_tokens for index in batch) > 1:
+        # Windows count padding as well, and every new token must see its whole row.
+        fitting = list(takewhile(lambda index: longest + requests[index].new_tokens <= window, batch))
         return fitting or batch[:1]
     return batch
 
@@ -263,7 +230,7 @@ def _prefix_cache(base: Base, prefix: Tokens, work: Work) -> Cache:
         cache = _forward(base, rows=None, input_ids=ids, use_cache=True)[1]
     work.computed_tokens += len(prefix)
     if not isinstance(cache, Cache):
-        raise UnsupportedPathError("its state is kept in no cache of transformers'")
+        raise UnsupportedPathError("its state is not in a transformers cache")
     return cache
 
 
@@ -278,20 +245,19 @@ def _answer_batch(
     path: AnswerPath = PATHS[0],
     keep_logits: bool = False,
 ) -> list[Reply]:
-    rests = [requests[place].tokens[len(prefix) :] for place in batch]
+    rests = [requests[index].tokens[len(prefix) :] for index in batch]
     lengths = torch.tensor([len(rest) for rest in rests], device=base.device)  # (rows,)
     width, rows = max(map(len, rests)), len(rests)
     ids = torch.tensor([rest + (0,) * (width - len(rest)) for rest in rests], device=base.device)  # (rows, width)
     cache = _repeat(shared, rows) if shared is not None else None
-    most = max(requests[place].new_tokens for place in batch)
-    stops = stop_tokens(base)
+    most = max(requests[index].new_tokens for index in batch)
     real = (torch.arange(width, device=base.device) < lengths[:, None]).long()
     mask = torch.cat([real.new_ones(rows, len(prefix)), real], dim=1)  # (rows, prefix + width)
 
     with _arithmetic(base):
         first_mask: torch.Tensor | None = mask
         if path.own_masks:
-            # Padding lies to the right of everything that looks: the causal mask is enough, and quicker.
+            # All padding is to the right of the tokens, so the causal mask is enough, and faster.
             first_mask = _causal_mask(base, len(prefix), width) if cache is not None else None
         logits, cache = _forward(
             base,
@@ -305,8 +271,8 @@ def _answer_batch(
             _check_padding(cache)
         best = logits.topk(2, dim=-1)
         chosen, steps = [best.indices[:, 0]], [logits]
-        limits = torch.tensor([requests[place].new_tokens for place in batch], device=base.device)  # (rows,)
-        ends = torch.tensor(sorted(stops), dtype=torch.long, device=base.device)
+        limits = torch.tensor([requests[index].new_tokens for index in batch], device=base.device)  # (rows,)
+        ends = torch.tensor(sorted(stop_tokens(base)), dtype=torch.long, device=base.device)
         over = torch.zeros(rows, dtype=torch.bool, device=base.device)  # answers that are complete
         for step in range(1, most):
             over |= torch.isin(chosen[-1], ends) | (limits <= step)
@@ -325,40 +291,35 @@ def _answer_batch(
             chosen.append(logits.argmax(dim=-1))
             if keep_logits:
                 steps.append(logits)
-    work.prompt_tokens += sum(len(requests[place].tokens) for place in batch)
+    work.prompt_tokens += sum(len(requests[index].tokens) for index in batch)
     work.computed_tokens += rows * width + rows * (len(chosen) - 1)
-    return _as_replies(base, requests, batch, chosen, steps, stops, keep_logits)
+    return _as_replies(base, requests, batch, chosen, steps, keep_logits)
 
 
 @torch.inference_mode()
 def _generate_batch(
     base: Base, requests: Sequence[Request], batch: Sequence[int], work: Work, keep_logits: bool
 ) -> list[Reply]:
-    """Answer one batch through the model's own `generate`; shorter rows are padded on the left, and masked there."""
-    rows = [requests[place].tokens for place in batch]
+    """Answer one batch through the model's own `generate`, with shorter rows padded and masked on the left."""
+    rows = [requests[index].tokens for index in batch]
     width = max(map(len, rows))
     pad = pad_token_of(base)
     ids = torch.tensor([(pad,) * (width - len(row)) + row for row in rows], device=base.device)  # (rows, width)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=base.device)
-    stops = stop_tokens(base)
     out = base.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max(requests[place].new_tokens for place in batch),
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=sorted(stops) or None,
+        max_new_tokens=max(requests[index].new_tokens for index in batch),
         pad_token_id=pad,
         return_dict_in_generate=True,
         output_logits=True,
+        **greedy(base),
     )
     steps = [logits.float() for logits in (out.logits if keep_logits else out.logits[:1])]
     chosen = list(out.sequences[:, width:].unbind(dim=1))
     work.prompt_tokens += sum(map(len, rows))
     work.computed_tokens += len(rows) * (width + len(chosen) - 1)
-    return _as_replies(base, requests, batch, chosen, steps, stops, keep_logits)
+    return _as_replies(base, requests, batch, chosen, steps, keep_logits)
 
 
 def _as_replies(
@@ -367,36 +328,36 @@ def _as_replies(
     batch: Sequence[int],
     chosen: Sequence[torch.Tensor],
     steps: Sequence[torch.Tensor],
-    stops: frozenset[int],
     keep_logits: bool,
 ) -> list[Reply]:
-    """Return the replies of a batch from its tokens, (rows,) a step, and logits, (rows, vocabulary) a step."""
+    """Return the replies of a batch from each step's tokens, (rows,), and logits, (rows, vocabulary)."""
     best = steps[0].topk(2, dim=-1).values
     gaps = (best[:, 0] - best[:, 1]).tolist()
     columns = torch.stack(list(chosen), dim=1).tolist()
+    stops = stop_tokens(base)
     replies = []
-    for row, (place, tokens, gap) in enumerate(zip(batch, columns, gaps, strict=True)):
-        kept = _until_stop(tokens[: requests[place].new_tokens], stops)
+    for row, (index, tokens, gap) in enumerate(zip(batch, columns, gaps, strict=True)):
+        kept = _until_stop(tokens[: requests[index].new_tokens], stops)
         text = base.tokenizer.decode(kept, skip_special_tokens=True)
         logits = torch.stack([step[row] for step in steps[: len(kept)]]) if keep_logits else None
-        replies.append(Reply(place, text, gap, tuple(kept), logits))
+        replies.append(Reply(index, text, gap, tuple(kept), logits))
     return replies
 
 
 def _forward(base: Base, *, rows: torch.Tensor | None, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Run the model, its head on one position a row only, and return (rows, vocabulary) logits in float32 and the state.
+    """Run the model, with its head on one position per row, and return (rows, vocabulary) logits in float32 and the state.
 
-    The model's own forward computes the logits, because many families scale or cap what the head gives.
+    The model's own forward computes the logits, because many families scale or cap the head's output.
 
     Args:
         base: The base model.
-        rows: (rows,): the position whose logits are wanted in each row; None for no logits that matter.
-        inputs: What the model's forward takes; an input that it does not know is left out.
+        rows: (rows,): the position of the logits in each row; None where the caller ignores the logits.
+        inputs: Of the model's forward; inputs that it does not know are dropped.
     """
     model = base.model
     known = inspect.signature(model.forward).parameters
     if inputs.get("past_key_values") is not None and "past_key_values" not in known:
-        raise UnsupportedPathError("its state is kept in no cache of transformers'")
+        raise UnsupportedPathError("its state is not in a transformers cache")
     inputs = {name: value for name, value in inputs.items() if name in known and value is not None}
     ids = inputs["input_ids"]
     wanted = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device) if rows is None else rows
@@ -421,20 +382,15 @@ def _forward(base: Base, *, rows: torch.Tensor | None, **inputs: Any) -> tuple[t
 
 
 def _check_padding(cache: Any) -> None:
-    """Refuse caches that padding on the right would enter for good, and outputs without a cache."""
+    """Refuse caches that padding on the right would change permanently, and outputs without a cache."""
     if not isinstance(cache, Cache):
-        raise UnsupportedPathError("its state is kept in no cache of transformers'")
+        raise UnsupportedPathError("its state is not in a transformers cache")
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
-        raise UnsupportedPathError("it keeps a running state, which padding would enter")
-
-
-def stop_tokens(base: Base) -> frozenset[int]:
-    """Return the tokens that end an answer: the tokenizer's EOS, which training teaches, and the generation config's."""
-    return frozenset(ends_of_text(base.model, base.tokenizer))
+        raise UnsupportedPathError("it keeps a running state, which padding would change")
 
 
 def _until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
-    """Return the tokens up to and including a stop token, which is text where the tokenizer does not call it special."""
+    """Return the tokens up to and including a stop token, which stays in the text unless the tokenizer calls it special."""
     kept: list[int] = []
     for token in tokens:
         kept.append(token)
@@ -443,15 +399,8 @@ def _until_stop(tokens: Sequence[int], stops: frozenset[int]) -> list[int]:
     return kept
 
 
-def pad_token_of(base: Base) -> int:
-    """Return the token that `generate` pads with; one prompt at a time never needs it."""
-    if base.tokenizer.pad_token_id is not None:
-        return int(base.tokenizer.pad_token_id)
-    return int(base.tokenizer.eos_token_id or 0)
-
-
 def _repeat(cache: Cache, rows: int) -> Cache:
-    """Return a copy of a one-row cache for `rows` rows; the original stays as it is."""
+    """Return a copy of a one-row cache for `rows` rows."""
     if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
         plain = DynamicCache()
         for number, layer in enumerate(cache.layers):
@@ -463,9 +412,9 @@ def _repeat(cache: Cache, rows: int) -> Cache:
 
 
 def _causal_mask(base: Base, past: int, width: int) -> torch.Tensor | None:
-    """Return the mask that is added to the attention's scores, (1, 1, width, past + width), or None for transformers' own.
+    """Return the mask to add to the attention's scores, (1, 1, width, past + width), or None for the one of transformers.
 
-    Theirs is one of booleans a row, which torch's CPU kernel turns into numbers again in every layer.
+    That one has booleans for every row, which torch's CPU kernel converts to numbers in every layer.
     """
     window = smallest_window(base.model)
     if not _plain_cpu(base) or (window is not None and past + width > window):
@@ -480,10 +429,10 @@ def _plain_cpu(base: Base) -> bool:
 
 @contextmanager
 def _arithmetic(base: Base) -> Iterator[None]:
-    """bf16 arithmetic where the base computes in it; plain float32 elsewhere."""
+    """Compute in bf16 where the base model does, and in float32 otherwise."""
     before = os.environ.get(_GROUPED)
     if _plain_cpu(base):
-        # transformers copies keys and values for every head that shares them, unless told that the kernel can do without.
+        # Without this, transformers copies keys and values for every head that shares them.
         os.environ[_GROUPED] = "1"
     try:
         with torch.autocast(base.device.type, torch.bfloat16, enabled=base.compute_dtype == torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Rows of a benchmark from the user's own files (`--data-dir`)."""
+"""Reads a benchmark's rows from the user's own files (`--data-dir`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import MissingError, UsageError
-from fedtune.evaluation.benchmarks.base import Row, Selection
+from fedtune.evaluation.tasks.base import Row, Selection
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -16,13 +16,13 @@ def files_of(selection: Selection, data_dir: Path) -> dict[str, Path]:
     """Return the file of each part: `<bench>.jsonl|parquet`, or `<bench>/<part>.jsonl|parquet`.
 
     Raises:
-        MissingError: the folder or some of the files are not there; says how many and which.
+        MissingError: the folder or some of the files do not exist; the message names them.
     """
     if not data_dir.is_dir():
         raise MissingError(f"There is no folder {data_dir}.", hint="Give the benchmarks' files with --data-dir DIR.")
     found, missing = {}, []
     for part in selection.parts:
-        stem = data_dir / selection.benchmark.name / part if part else data_dir / selection.benchmark.name
+        stem = data_dir / selection.task.name / part if part else data_dir / selection.task.name
         paths = [path for suffix in SUFFIXES if (path := stem.with_name(stem.name + suffix)).is_file()]
         if paths:
             found[part] = paths[0]
@@ -32,13 +32,13 @@ def files_of(selection: Selection, data_dir: Path) -> dict[str, Path]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise MissingError(
             f"{selection.name}: {len(missing)} of {len(selection.parts)} files are not in {data_dir}: {shown}.",
-            hint="Add them (.jsonl or .parquet), or leave out --data-dir to load them from the hub.",
+            hint="Add them (.jsonl or .parquet), or omit --data-dir to load the rows from the hub.",
         )
     return found
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield each row of a JSON-lines or Parquet file with its place: `line 3` or `row 3`, from 1.
+    """Yield each row of a JSON-lines or Parquet file with its position: `line 3` or `row 3`, from 1.
 
     Raises:
         MissingError: there is no such file.

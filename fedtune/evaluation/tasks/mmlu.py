@@ -15,18 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fedtune.evaluation.benchmarks.base import (
-    LETTERS,
-    Benchmark,
-    Part,
-    Row,
-    RowError,
-    Source,
-    choice_prompt,
-    index_of,
-    one_of,
-    text_of,
-)
+from fedtune.evaluation.tasks.base import LETTERS, LmEvalTask, Part, Row, RowError, Source, index_of, one_of, text_of
+from fedtune.evaluation.tasks.short_answer import ChoiceTask, choice_prompt
 
 INSTRUCTION = "Answer the following multiple choice question."
 
@@ -68,7 +58,7 @@ SUBJECTS: dict[str, dict[str, Part]] = {
         "sociology": Part(201, "6b00db21bbed1b6efa679193736664a819ab2c126628ca8ccbc783b074602f48"),
         "us_foreign_policy": Part(100, "4d3fc26a12654bf37269ecedccd753b6a98a3ed194ecb141dec34285067b9c32"),
     },
-    # Humanities and other subjects: row counts only, the official rows were not at hand.
+    # Humanities and other subjects: row counts only; the content hashes are not known yet.
     "humanities": {
         "formal_logic": Part(126),
         "high_school_european_history": Part(165),
@@ -101,8 +91,8 @@ SUBJECTS: dict[str, dict[str, Part]] = {
     },
 }
 
-# The original was read with pandas.read_csv, which takes these texts for missing values: an option "None" is shown as
-# "nan" in the leaderboard's prompts (10 times in the STEM subjects), and copies made otherwise must follow.
+# The leaderboard reads the original with pandas.read_csv, which treats these texts as missing values: an option "None"
+# appears as "nan" in its prompts (10 times in the STEM subjects), so rows from other copies must change as well.
 READ_AS_MISSING = frozenset({
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -116,22 +106,29 @@ def ask(row: Row) -> tuple[str, str]:
 
 
 def from_copy(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield rows of `cais/mmlu` (question, choices, answer 0-3) in the original's fields and with its `nan`s."""
+    """Yield rows of `cais/mmlu` (question, choices, answer 0-3) in the original's fields, with its `nan`s."""
     for row in rows:
         choices = row["choices"]
         if len(choices) != len(LETTERS):
-            raise RowError(f"choices holds {len(choices)} options, not {len(LETTERS)}")
+            raise RowError(f"choices has {len(choices)} options, not {len(LETTERS)}")
         shown = ["nan" if choice in READ_AS_MISSING else choice for choice in choices]
         target = LETTERS[index_of(row, "answer", 0, 3)]
         yield {"input": row["question"], **dict(zip(LETTERS, shown, strict=True)), "target": target}
 
 
-BENCHMARK = Benchmark(
+def for_lm_eval(row: Row) -> Row:
+    """Return a row in the fields of lm-eval's tasks."""
+    return {
+        "question": row["input"],
+        "choices": [row[letter] for letter in LETTERS],
+        "answer": LETTERS.index(row["target"]),
+    }
+
+
+TASK = ChoiceTask(
     name="mmlu",
     title="MMLU",
-    answer_type="choice",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("input", *LETTERS, "target"),
     ask=ask,
     parts={subject: part for subjects in SUBJECTS.values() for subject, part in subjects.items()},
@@ -142,4 +139,5 @@ BENCHMARK = Benchmark(
     ),
     categories={category: tuple(subjects) for category, subjects in SUBJECTS.items()},
     ranked=("stem", "social_sciences", "humanities"),
+    lm_eval=LmEvalTask("mmlu_{part}", "mmlu/default/mmlu_{part}.yaml", for_lm_eval),
 )

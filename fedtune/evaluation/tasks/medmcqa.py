@@ -13,7 +13,8 @@ The answer is:
 
 from __future__ import annotations
 
-from fedtune.evaluation.benchmarks.base import LETTERS, Benchmark, Part, Row, Source, choice_prompt, index_of, text_of
+from fedtune.evaluation.tasks.base import LmEvalTask, Part, Source
+from fedtune.evaluation.tasks.short_answer import ChoiceTask, ask_choice
 
 INSTRUCTION = (
     "You are a medical doctor answering realworld medical entrance exam questions. Based on your understanding of "
@@ -24,24 +25,17 @@ INSTRUCTION = (
 OPTIONS = ("opa", "opb", "opc", "opd")
 
 
-def ask(row: Row) -> tuple[str, str]:
-    """Return prompt and gold of a row with `question`, `opa` to `opd` and `cop` (0-3)."""
-    options = [text_of(row, name) for name in OPTIONS]
-    return choice_prompt(INSTRUCTION, text_of(row, "question"), options), LETTERS[index_of(row, "cop", 0, 3)]
-
-
-BENCHMARK = Benchmark(
+TASK = ChoiceTask(
     name="medmcqa",
     title="MedMCQA",
-    answer_type="choice",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", *OPTIONS, "cop"),
     more_fields=("id", "choice_type", "exp", "subject_name", "topic_name"),
-    ask=ask,
+    ask=ask_choice(INSTRUCTION, OPTIONS, first=0),
     parts={"": Part(4183, "1dbd834adaf757e0df3618539d1e13a648f40bad4aeb63118428e4dd3e7f33bd")},
     sources=(
-        # The hub's `medmcqa` of the leaderboard's scripts leads to this repository.
+        # The hub redirects the `medmcqa` of the leaderboard's scripts to this repository.
         Source("openlifescienceai/medmcqa", "validation", revision="91c6572c454088bf71b679ad90aa8dffcd0d5868"),
     ),
+    lm_eval=LmEvalTask("medmcqa", "medmcqa/medmcqa.yaml"),
 )

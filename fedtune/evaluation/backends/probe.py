@@ -1,41 +1,39 @@
-"""Chooses how a model answers a benchmark: the quickest path that gives what one-by-one generation gives.
+"""Chooses the fastest path on which a model gives the same answers as one-by-one generation (`choose_path`).
 
-Batches, padding and shared prefixes are exact on some architectures and wrong on others: sliding windows, running states,
-positions that are counted from the mask, settings of `generate` that change the logits. So the loaded model, its adapter
-attached, answers a few of the benchmark's own prompts on each path in turn, until one agrees with the model's own `generate`.
+Batches, padding and shared prefixes are wrong on models with sliding windows, running states, positions that are counted from
+the mask, or settings of `generate` that change the logits. So the loaded model, with its adapter, answers a few of the
+benchmark's prompts on each path in turn, until the answers of one agree with the model's own `generate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
 
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.evaluation.answer import (
+from fedtune.evaluation.backends.fast import (
     PATHS,
     AnswerPath,
     Budget,
-    Reply,
-    Request,
     UnsupportedPathError,
     answer,
-    no_room,
-    pad_token_of,
+    memory_error,
     smallest_window,
 )
-from fedtune.evaluation.official import answer_one_by_one
+from fedtune.evaluation.backends.generation import Reply, Request
+from fedtune.evaluation.backends.official import answer_one_by_one
 from fedtune.models.base import Base, is_out_of_memory
 from fedtune.models.limits import limits_of
 
 ONE_BY_ONE = "one-by-one generation"
-"""Name of the plain path."""
+"""Name of the path without batches."""
 
 MOST_STEPS = 8
-"""New tokens that the probe compares at most; a far longer prompt stands for what longer answers add."""
+"""Most new tokens that the probe compares; a longer prompt represents longer answers."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
@@ -58,17 +56,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_strings": (None, []),
     "max_time": (None,),
 }
-"""Settings of a generation config that change greedy answers, with the values at which they do nothing."""
+"""Settings of a generation config that change greedy answers, with the values that have no effect."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a model answers a benchmark."""
+    """The path on which a model answers a benchmark."""
 
     path: AnswerPath | None
-    """None is one by one."""
+    """None means one by one."""
     reason: str
-    """What the probe found, for people."""
+    """The probe's findings, for people."""
 
     @property
     def name(self) -> str:
@@ -77,27 +75,27 @@ class Choice:
 
 
 def choose_path(base: Base, requests: Sequence[Request], budget: Budget) -> Choice:
-    """Return the quickest path on which `base`, with what is attached to it, answers as one prompt at a time does.
+    """Return the fastest path on which `base`, with its adapter, gives the same answers as one prompt at a time.
 
     Args:
         base: The loaded model.
-        requests: All of a benchmark's, so that a resumed evaluation chooses the same.
-        budget: Tokens of a batch; shrinks where memory runs out.
+        requests: All of the benchmark's, so that a resumed evaluation chooses the same path.
+        budget: Tokens of a batch; reduced where memory runs out.
 
     Raises:
-        MissingError: the device's memory does not hold a single question, or the model's logits are not numbers.
+        MissingError: a single question does not fit in the device's memory, or the model's logits are not numbers.
         UsageError: the model cannot generate at all.
     """
     samples = _samples(requests)
-    plain = _plainly(base, samples)
+    plain = _generate(base, samples)
     if any(reply.logits is not None and bool(reply.logits.isnan().any()) for reply in plain):
-        raise no_numbers()
+        raise nan_error()
     _check_repeatable(base, samples[-1], plain[-1])
     reasons: dict[str, list[str]] = {}
     for path in PATHS:
         if path.padding == "none":
             samples = _equally_long(requests)
-            plain = _plainly(base, samples)
+            plain = _generate(base, samples)
         reason = _refused(base, path, requests) or _difference(base, path, samples, plain, budget)
         if not reason:
             agreed = f"equal to one-by-one generation on {len(samples)} prompts"
@@ -106,59 +104,60 @@ def choose_path(base: Base, requests: Sequence[Request], budget: Budget) -> Choi
     return Choice(None, "; ".join(_listed(reasons)))
 
 
-def _plainly(base: Base, samples: Sequence[Request]) -> list[Reply]:
+def _generate(base: Base, samples: Sequence[Request]) -> list[Reply]:
     """Return the replies of the model's own `generate`, one prompt at a time, with their logits."""
     try:
-        return list(_all(answer_one_by_one(base, samples, pad_token_of(base), keep_logits=True)))
+        return list(chain.from_iterable(answer_one_by_one(base, samples, keep_logits=True)))
     except Exception as error:
         if is_out_of_memory(error):
-            raise no_room(max(len(sample.tokens) for sample in samples)) from None
+            raise memory_error(max(len(sample.tokens) for sample in samples)) from None
         raise UsageError(
-            f"The base model cannot generate with transformers ({_said(error)}).", hint="Choose another base model."
+            f"The base model cannot generate with transformers ({_short_text(error)}).",
+            hint="Choose another base model.",
         ) from error
 
 
 def check_repeatable(base: Base, requests: Sequence[Request]) -> None:
-    """Refuse a model whose answers are drawn at random, tried on the longest request.
+    """Check on the longest request that a model gives the same answer twice.
 
     Raises:
-        UsageError: asked twice, it computes other logits, or it cannot generate at all.
-        MissingError: the device's memory does not hold the request.
+        UsageError: the logits differ between two runs, or the model cannot generate at all.
+        MissingError: the request does not fit in the device's memory.
     """
     longest = max(requests, key=lambda request: len(request.tokens))
     sample = replace(longest, new_tokens=min(longest.new_tokens, MOST_STEPS))
-    _check_repeatable(base, sample, _plainly(base, [sample])[0])
+    _check_repeatable(base, sample, _generate(base, [sample])[0])
 
 
 def _check_repeatable(base: Base, sample: Request, plain: Reply) -> None:
-    if _compare(_plainly(base, [sample])[0], plain, tolerance_of(base)):
+    if _compare(_generate(base, [sample])[0], plain, tolerance_of(base)):
         raise UsageError(
             f"The {base.model.config.model_type} model computes other logits each time for the same prompt, so its answers "
-            "cannot be compared with anything.",
+            "cannot be compared.",
             hint="Choose another base model.",
         )
 
 
 def _listed(reasons: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return one text a reason, with the paths that it rules out."""
+    """Return one text per reason, with the paths that it excludes."""
     return [f"not {' or '.join(paths)} ({reason})" for reason, paths in reasons.items()]
 
 
-def no_numbers() -> MissingError:
-    """Return the error that says that a model's logits are not numbers."""
+def nan_error() -> MissingError:
+    """Return the error for logits that are not numbers."""
     return MissingError(
         "The model's logits are not numbers (NaN): the weights of the base or of the adapter are damaged.",
-        hint="Score the base alone (--base without --peft) to see which of the two it is.",
+        hint="Score the base alone (--base without --peft) to find out which of the two it is.",
     )
 
 
 def warnings_about(base: Base, requests: Sequence[Request]) -> list[str]:
-    """Return what the user should know of how this model takes these questions; nothing of it stops the evaluation."""
+    """Return warnings about how this model reads these prompts; the evaluation continues."""
     found = []
     end = base.tokenizer.eos_token_id
     if end is not None and requests and all(request.tokens[-1] == end for request in requests):
         found.append(
-            "the tokenizer ends every prompt with its EOS token, and answers follow that, as in the leaderboard's scripts"
+            "the tokenizer ends every prompt with its EOS token, and answers follow it, as in the leaderboard's scripts"
         )
     positions = limits_of(base.model).positions
     if positions is not None:
@@ -183,9 +182,9 @@ def _samples(requests: Sequence[Request]) -> list[Request]:
 
 
 def _equally_long(requests: Sequence[Request]) -> list[Request]:
-    """Return two requests of the shortest and of the longest length that two have, so that they make batches.
+    """Return two requests of the shortest and two of the longest length that several requests have.
 
-    Where no two are equally long, the shortest and the longest: that path then answers one by one.
+    Where all lengths differ, return the shortest and the longest request: this path then answers one by one.
     """
     by_length: dict[int, list[Request]] = {}
     for request in requests:
@@ -196,11 +195,11 @@ def _equally_long(requests: Sequence[Request]) -> list[Request]:
 
 
 def _refused(base: Base, path: AnswerPath, requests: Sequence[Request]) -> str:
-    """Return why a path cannot be exact whatever a few prompts say; empty where nothing is known against it."""
+    """Return why a path cannot be exact on this model, whatever a few prompts show; an empty text if it may be."""
     changed = [
         name for name, neutral in _NEUTRAL.items() if getattr(base.model.generation_config, name, None) not in neutral
     ]
-    # Settings of `generate` look at the tokens before, so that padding would count as well; beams are rows of their own.
+    # These settings depend on the tokens before, padding included; beams are rows of their own.
     if changed and (path.padding != "none" or "num_beams" in changed):
         return f"the model's generation config sets {', '.join(changed)}"
     window = smallest_window(base.model)
@@ -215,62 +214,60 @@ def _refused(base: Base, path: AnswerPath, requests: Sequence[Request]) -> str:
 def _difference(
     base: Base, path: AnswerPath, samples: Sequence[Request], plain: Sequence[Reply], budget: Budget
 ) -> str:
-    """Return how a path's replies differ from the plain ones; empty where they do not."""
+    """Return how a path's replies differ from those of one-by-one generation; an empty text if they do not."""
+    batches = answer(base, samples, budget, path=path, keep_logits=True)
     try:
-        replies = {reply.place: reply for reply in _all(answer(base, samples, budget, path=path, keep_logits=True))}
+        replies = {reply.index: reply for reply in chain.from_iterable(batches)}
     except FedTuneError:
         raise
     except UnsupportedPathError as unsupported:
         return str(unsupported)
     except Exception as error:
-        return _said(error)
+        return _short_text(error)
     tolerance = tolerance_of(base)
-    for place, expected in enumerate(plain):
-        reason = _compare(replies[place], expected, tolerance)
+    for index, expected in enumerate(plain):
+        reason = _compare(replies[index], expected, tolerance)
         if reason:
             return reason
     return ""
 
 
-def _all(batches: Iterator[list[Reply]]) -> Iterator[Reply]:
-    for batch in batches:
-        yield from batch
-
-
 def tolerance_of(base: Base) -> float:
-    """Return by how much of the largest logit rounding alone may move a logit.
+    """Return by which share of the largest logit rounding alone may change a logit.
 
-    Sums of float32 differ in the sixth digit between batches; bf16 and int8 keep two to three digits.
+    float32 sums differ in the sixth digit between batches; bf16 and int8 keep two to three digits.
     """
     exact = base.compute_dtype == torch.float32 and not getattr(base.model, "is_loaded_in_8bit", False)
     return 1e-3 if exact else 5e-2
 
 
-def is_tie(base: Base, plain: Reply, agrees: Callable[[str], bool]) -> bool:
-    """Return whether the first token at which another answer leaves the plain one is decided by rounding alone.
+def is_tie(base: Base, plain: Reply, output: str, extract: Callable[[str], str]) -> bool:
+    """Return whether rounding alone decides the first token at which another answer differs from the plain one.
 
     Args:
         base: The base model.
-        plain: The plain answer with its logits.
-        agrees: Whether the other answer begins with a text.
+        plain: The answer of one-by-one generation, with its logits.
+        output: The other answer.
+        extract: From generated text to the part that is an answer.
     """
     assert plain.logits is not None
     for step, logits in enumerate(plain.logits):
-        if not agrees(base.tokenizer.decode(plain.tokens[: step + 1], skip_special_tokens=True)):
+        text = base.tokenizer.decode(plain.tokens[: step + 1], skip_special_tokens=True)
+        if not output.startswith(extract(text)):
             best = logits.topk(2).values
             return bool(best[0] - best[1] <= _TIE * tolerance_of(base) * logits[logits.isfinite()].abs().max())
     return False
 
 
 _TIE = 0.01
-"""Share of the tolerance that two logits may be apart and still change places: 1e-5 of the largest in float32."""
+"""Share of the tolerance within which two logits count as equal: 1e-5 of the largest logit in float32."""
 
 
 def _compare(reply: Reply, plain: Reply, tolerance: float) -> str:
-    """Return how a reply differs from the plain one beyond rounding."""
+    """Return how a reply differs from the plain one by more than rounding; an empty text if it does not."""
     assert reply.logits is not None
     assert plain.logits is not None
-    # Beams may go on after the answer has ended: then there are more logits than tokens.
+    # Beams may continue after the end of the answer, so that there are more logits than tokens.
     for step, (ours, theirs, *_) in enumerate(
         zip(reply.logits, plain.logits, reply.tokens, plain.tokens, strict=False)
     ):
@@ -280,7 +277,7 @@ def _compare(reply: Reply, plain: Reply, tolerance: float) -> str:
         if bool((ours.isfinite() != finite).any()):
             return f"other logits are numbers at new token {step + 1}"
         if not bool(finite.any()):
-            return ""  # nothing but NaN on both paths
+            return ""  # only NaN on both paths
         largest = theirs[finite].abs().max()
         off = (ours[finite] - theirs[finite]).abs().max()
         if off > tolerance * largest:
@@ -290,11 +287,11 @@ def _compare(reply: Reply, plain: Reply, tolerance: float) -> str:
             best = theirs.topk(2).values
             if best[0] - best[1] > 2 * tolerance * largest:
                 return f"new token {step + 1} differs though its logits do not"
-            return ""  # a tie that rounding decides; what follows cannot be compared
+            return ""  # rounding decides between two tokens; the tokens after them cannot be compared
     return "" if len(reply.tokens) == len(plain.tokens) else "the answers end at different tokens"
 
 
-def _said(error: BaseException) -> str:
+def _short_text(error: BaseException) -> str:
     """Return an error in one short line."""
     first = (str(error).strip().splitlines() or [""])[0]
     text = f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,23 +1,23 @@
-"""Rows of a benchmark from the hub, through `datasets`; nothing of a data set's own code is run."""
+"""Loads a benchmark's rows from the hub, through `datasets` and without running a data set's own code."""
 
 from __future__ import annotations
 
 from fedtune.errors import MissingError
-from fedtune.evaluation.benchmarks.base import Row, Source
+from fedtune.evaluation.tasks.base import Row, Source
 from fedtune.hub import UnreachableError, ask
 
 
 class SourceError(Exception):
-    """This source cannot be used; the text says why, the next one may do."""
+    """This source cannot be used; the message gives the reason, and the next source is tried."""
 
 
 def require_hub() -> None:
-    """Ask the hub for a sign of life, so that a dead network costs seconds, not minutes of retries.
+    """Check that the hub answers, so that a dead network costs seconds, not minutes of retries.
 
-    With HF_HUB_OFFLINE set nothing is asked: the cache may hold the rows.
+    With HF_HUB_OFFLINE set there is no check: the cache may contain the rows.
 
     Raises:
-        MissingError: there is no answer.
+        MissingError: the hub does not answer.
     """
     from huggingface_hub import constants, get_session
 
@@ -36,7 +36,7 @@ def hub_rows(source: Source, part: str) -> list[Row]:
     """Return the rows of `part` from one source, in the original's fields.
 
     Raises:
-        SourceError: the source cannot be loaded or is not of the form it should have.
+        SourceError: the source cannot be loaded, or does not have the expected form.
     """
     if source.script and not source.parquet_export:
         raise SourceError("a script data set, which datasets 4 and later refuse")
@@ -51,13 +51,13 @@ def hub_rows(source: Source, part: str) -> list[Row]:
         else:
             loaded = datasets.load_dataset(source.hub_id, config, split=source.split, revision=source.revision)
         return list(source.rows(loaded))
-    # What may go wrong there is open-ended: no such repository, gated, offline, other columns, a broken download.
+    # Any exception: no such repository, gated, offline, other columns, a broken download.
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         raise SourceError(text.splitlines()[0].removesuffix(".")[:200]) from error
 
 
 def describe(source: Source) -> str:
-    """Return where a source's rows come from, for people and results: `cais/mmlu@c30699e8`."""
+    """Return a source's name with its revision, for people and results: `cais/mmlu@c30699e8`."""
     revision = source.revision or ("refs/convert/parquet" if source.parquet_export else None)
     return f"{source.hub_id}@{revision[:8] if len(revision) == 40 else revision}" if revision else source.hub_id

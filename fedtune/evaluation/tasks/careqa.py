@@ -13,29 +13,23 @@ The answer is:
 
 from __future__ import annotations
 
-from fedtune.evaluation.benchmarks.base import LETTERS, Benchmark, Part, Row, Source, choice_prompt, index_of, text_of
-from fedtune.evaluation.benchmarks.medmcqa import INSTRUCTION
+from fedtune.evaluation.tasks.base import LmEvalTask, Part, Source
+from fedtune.evaluation.tasks.medmcqa import INSTRUCTION
+from fedtune.evaluation.tasks.short_answer import ChoiceTask, ask_choice
 
 OPTIONS = ("op1", "op2", "op3", "op4")
 
 
-def ask(row: Row) -> tuple[str, str]:
-    """Return prompt and gold of a row with `question`, `op1` to `op4` and `cop` (1-4)."""
-    options = [text_of(row, name) for name in OPTIONS]
-    return choice_prompt(INSTRUCTION, text_of(row, "question"), options), LETTERS[index_of(row, "cop", 1, 4) - 1]
-
-
-BENCHMARK = Benchmark(
+TASK = ChoiceTask(
     name="careqa",
     title="CareQA",
-    answer_type="choice",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", *OPTIONS, "cop"),
     more_fields=("exam_id", "category", "year", "unique_id"),
-    ask=ask,
-    # The content hash is not known yet: the official rows were not at hand.
+    ask=ask_choice(INSTRUCTION, OPTIONS, first=1),
+    # The content hash is not known yet.
     parts={"": Part(5621)},
     # No commit is known to be the leaderboard's.
     sources=(Source("HPAI-BSC/CareQA", "test", config="CareQA_en", original=True),),
+    lm_eval=LmEvalTask("careqa_en", "careqa/careqa_en.yaml"),
 )

@@ -1,4 +1,4 @@
-"""Benchmarks: found in their folder, prompts to the byte, official facts."""
+"""Tasks: found in their package, prompts to the byte, official facts; one is added and removed again in one file."""
 
 import json
 import subprocess
@@ -6,12 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fedtune.cli.app import app
 from fedtune.config.facts import load_preset
 from fedtune.errors import UsageError
-from fedtune.evaluation.benchmarks import base, mmlu, pubmedqa
-from fedtune.evaluation.benchmarks.find import bench_names, benchmarks, parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
+from fedtune.evaluation import tasks
+from fedtune.evaluation.artefacts import rescore
+from fedtune.evaluation.tasks import base, mmlu, pubmedqa
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import all_tasks, bench_names, parse_bench
+from fedtune.evaluation.tasks.sentiment import finance_prompt
+from fedtune.evaluation.tasks.short_answer import choice_prompt
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published runs are not at hand")
@@ -33,7 +39,7 @@ CHOICE_ROWS["tiny"] = CHOICE_ROWS["medmcqa"] | {"subject": "size"}
 
 @pytest.mark.parametrize("name", CHOICE_ROWS)
 def test_choice_prompt_to_the_byte(name: str) -> None:
-    bench = benchmarks()[name]
+    bench = all_tasks()[name]
     prompt, gold = bench.ask(CHOICE_ROWS[name])
     body = "\nQuestion: Which is largest?\n\nOptions:\nA. Mars\nB. Jupiter\nC. Venus\nD. Earth\nThe answer is:\n"
     assert prompt == bench.instruction + body
@@ -45,7 +51,7 @@ def test_choice_prompt_to_the_byte(name: str) -> None:
     ("question", "shown"), [("Why", "Why?"), ("Why?", "Why?"), ("So.", "So."), ("Why:", "Why:?"), ("Why? ", "Why? ?")]
 )
 def test_question_mark_is_added_unless_there_is_a_mark(question: str, shown: str) -> None:
-    assert base.choice_prompt("I", question, ["x"]) == f"I\nQuestion: {shown}\n\nOptions:\nA. x\nThe answer is:\n"
+    assert choice_prompt("I", question, ["x"]) == f"I\nQuestion: {shown}\n\nOptions:\nA. x\nThe answer is:\n"
 
 
 def test_pubmedqa_prompt_has_contexts_then_question() -> None:
@@ -58,7 +64,7 @@ def test_finance_prompts_and_labels() -> None:
     ask = "What is the sentiment of this {}? Please choose an answer from {{negative/neutral/positive}}."
     news = "Instruction: " + ask.format("news") + "\nInput: Up .\nAnswer: "
     tweet = "Instruction: " + ask.format("tweet") + "\nInput: Up .\nAnswer: "
-    found = benchmarks()
+    found = all_tasks()
     golds = [found["fpb"].ask({"sentence": "Up .", "label": label}) for label in range(3)]
     assert golds == [(news, "negative"), (news, "neutral"), (news, "positive")]
     golds = [found["tfns"].ask({"text": "Up .", "label": label}) for label in range(3)]
@@ -71,13 +77,12 @@ def test_finance_prompts_and_labels() -> None:
     assert found["fpb"].wrap(news) == news
 
 
-@pytest.mark.parametrize("name", sorted(benchmarks()))
-def test_every_benchmark_states_its_facts(name: str) -> None:
-    bench = benchmarks()[name]
+@pytest.mark.parametrize("name", sorted(all_tasks()))
+def test_every_task_has_its_facts(name: str) -> None:
+    bench = all_tasks()[name]
     assert Path(base.__file__).with_name(f"{name}.py").is_file()
     assert bench.instruction.endswith(".")
     assert "\n" not in bench.instruction
-    assert 0 < bench.chance < 1
     assert bench.sources or bench.shipped
     assert all(source.revision is None or len(source.revision) == 40 for source in bench.sources)
     assert all(part.sha256 is None or len(part.sha256) == 64 for part in bench.parts.values())
@@ -91,7 +96,7 @@ def test_official_row_counts() -> None:
     assert [parse_bench(name)[0].expected for name in ("fpb", "fiqa", "tfns")] == [1212, 304, 2388]
     assert [selection.expected for selection in parse_bench("mmlu")] == [3153, 3077, 4705]
     assert parse_bench("mmlu:other")[0].expected == 14_042 - 3153 - 3077 - 4705
-    assert [len(subjects) for subjects in mmlu.BENCHMARK.categories.values()] == [19, 12, 13, 13]
+    assert [len(subjects) for subjects in mmlu.TASK.categories.values()] == [19, 12, 13, 13]
     assert parse_bench("tiny")[0].expected is None
 
 
@@ -107,7 +112,7 @@ def test_bench_texts() -> None:
     assert [selection.name for selection in parse_bench("tiny, mmlu:stem,tiny")] == ["tiny", "mmlu:stem"]
 
 
-def test_every_name_is_read_and_every_ranked_benchmark_is_known() -> None:
+def test_every_name_can_be_parsed_and_every_ranked_benchmark_exists() -> None:
     for name in bench_names():
         assert parse_bench(name), name
     for challenge in ("general-nlp", "finance", "medical", "tiny"):
@@ -123,8 +128,8 @@ def test_every_name_is_read_and_every_ranked_benchmark_is_known() -> None:
         ("mmlu:anatmy", "--bench mmlu:anatomy"),
         ("medqa:stem", "--bench medqa"),
         ("mmlu:", "--bench mmlu"),
-        ("zzz", "There are "),
-        ("", "There are "),
+        ("zzz", "The benchmarks are "),
+        ("", "The benchmarks are "),
         ("code", "run generated code"),
         ("humaneval", "run generated code"),
     ],
@@ -165,15 +170,79 @@ def test_prompts_equal_the_published_ones(bench: str, run: str) -> None:
 def test_fpb_prompts_equal_the_published_ones() -> None:
     rows = json.loads((SHARED / "generations" / "fpb_d.json").read_text(encoding="utf-8"))["rows"]
     texts = [row["context"].partition("\nInput: ")[2].removesuffix("\nAnswer: ") for row in rows]
-    assert [base.finance_prompt(text) for text in texts] == [row["context"] for row in rows]
+    assert [finance_prompt(text) for text in texts] == [row["context"] for row in rows]
     pairs = [(row["context"], row["new_target"]) for row in rows]
-    assert base.content_hash(pairs) == benchmarks()["fpb"].parts[""].sha256
+    assert base.content_hash(pairs) == all_tasks()["fpb"].parts[""].sha256
 
 
-def test_nothing_heavy_is_imported() -> None:
-    modules = ("benchmarks.load", "scoring", "statistics", "artefacts")
+CAPITALS = '''
+"""Capitals: a benchmark whose answer is the name of a city."""
+
+from fedtune.evaluation.tasks.base import Part, Prediction, Task, text_of
+
+
+class CapitalsTask(Task):
+    answer_type = "city"
+    golds = frozenset(("Paris", "Rome"))
+
+    def wrap(self, prompt):
+        return prompt
+
+    def new_tokens(self, counted):
+        return [4] * len(counted.questions)
+
+    def output(self, generated):
+        return generated.strip()
+
+    def score(self, question, output):
+        return Prediction(output, bool(output), output == question.gold)
+
+    def artefact_names(self, category, run):
+        return f"capitals_{run}.txt", f"capitals_{run}.json"
+
+
+TASK = CapitalsTask(
+    name="capitals",
+    title="Capitals",
+    instruction="Name the capital.",
+    fields=("country", "city"),
+    ask=lambda row: (f"Name the capital.\\n{text_of(row, 'country')}: ", text_of(row, "city")),
+    parts={"": Part(2)},
+)
+'''
+
+
+def test_a_task_is_added_and_removed_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new kind of answer: found, listed, evaluated from the command line, scored again, and gone with its file."""
+    folder = tmp_path / "more_tasks"
+    folder.mkdir()
+    (folder / "capitals.py").write_text(CAPITALS)
+    (tmp_path / "capitals.jsonl").write_text(
+        '{"country": "France", "city": "Paris"}\n{"country": "Italy", "city": "Rome"}\n'
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "__path__", [*tasks.__path__, str(folder)])
+        all_tasks.cache_clear()
+        assert "capitals" in bench_names()
+        words = ["eval", "--bench", "capitals", "--data-dir", str(tmp_path), "--base", "--model", "builtin:tiny"]
+        done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--verify", "2", "--json"])
+        assert done.exit_code == 0, done.stderr
+        (result,) = json.loads(done.stdout)["results"]
+        assert (result["bench"], result["n"], result["partial"]) == ("capitals", 2, None)
+        assert result["verified"]["equal"] == 2
+        assert (tmp_path / "out" / "capitals_base_fast.txt").is_file()
+        again = rescore(tmp_path / "out" / "capitals_base_fast.json")
+        assert (again.benchmark, again.answer_type, again.score.k) == ("capitals", "city", result["k"])
+    (folder / "capitals.py").unlink()
+    sys.modules.pop("fedtune.evaluation.tasks.capitals")
+    all_tasks.cache_clear()
+    assert "capitals" not in bench_names()
+
+
+def test_imports_are_light() -> None:
+    modules = ("tasks.load", "scoring", "statistics", "artefacts", "results", "settings", "progress")
     lines = [f"import fedtune.evaluation.{module}" for module in modules]
-    lines += ["import sys", "from fedtune.evaluation.benchmarks.find import benchmarks", "benchmarks()"]
+    lines += ["import sys", "from fedtune.evaluation.tasks.registry import all_tasks", "all_tasks()"]
     heavy = "{'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'huggingface_hub', 'httpx'}"
     lines.append(f"print({heavy} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)

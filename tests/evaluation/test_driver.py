@@ -1,12 +1,14 @@
-"""evaluate() on the tiny base: several adapters in one call, what is written, going on after a stop, both modes, finance."""
+"""evaluate() on the tiny base: several adapters in one call, files, interruption, both modes, finance."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,16 +16,22 @@ import torch
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import FedTuneError, MissingError, UsageError
-from fedtune.evaluation import answer as fast
-from fedtune.evaluation import evaluate as module
-from fedtune.evaluation import probe, results
-from fedtune.evaluation.answer import Budget, Reply, Request, tokenize
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
-from fedtune.evaluation.evaluate import BASE, Asked, EvalResult, EvalSettings, Subject, evaluate
-from fedtune.evaluation.official import answer_finance, answer_one_by_one, new_tokens
+from fedtune.evaluation import driver, model_slot, provenance, results
+from fedtune.evaluation.backends import fast, official, probe
+from fedtune.evaluation.backends.fast import Budget
+from fedtune.evaluation.backends.generation import Reply, Request
+from fedtune.evaluation.backends.official import answer_one_by_one, answer_padded
+from fedtune.evaluation.driver import evaluate
+from fedtune.evaluation.model_slot import ModelSlot
+from fedtune.evaluation.progress import EvalProgress
+from fedtune.evaluation.prompts import build_prompts
+from fedtune.evaluation.results import EvalResult
+from fedtune.evaluation.settings import EvalSettings
 from fedtune.evaluation.statistics import mcnemar
-from fedtune.evaluation.subjects import find_subjects
+from fedtune.evaluation.subjects import BASE, Subject, find_subjects
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import parse_bench
+from fedtune.evaluation.tasks.sentiment import SentimentTask
 from fedtune.models import integrity
 from fedtune.models.adapter import attach, read_adapter, write_adapter
 from fedtune.models.base import Base, load_base
@@ -31,7 +39,7 @@ from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import file_sha256
 
 MODEL = ModelConfig(base="builtin:tiny", quantization="fp4", compute_dtype="fp32")
-SHIPPED = Path(module.__file__).parents[1] / "data" / "builtin" / "tiny" / "test.jsonl"
+SHIPPED = Path(driver.__file__).parents[1] / "data" / "builtin" / "tiny" / "test.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters of one form, and one of another rank and alpha; each loud enough to change answers."""
+    """Two adapters of one form, and one of another rank and alpha; each changes some answers."""
     folder = tmp_path_factory.mktemp("adapters")
     base = load_base(MODEL)
     paths = []
@@ -69,14 +77,14 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
-    """Every load of a base model is noted here."""
+    """The configs of all base models that are loaded."""
     noted: list[ModelConfig] = []
 
     def load(config: ModelConfig) -> Base:
         noted.append(config)
         return load_base(config)
 
-    monkeypatch.setattr(module, "load_base", load)
+    monkeypatch.setattr(model_slot, "load_base", load)
     return noted
 
 
@@ -96,7 +104,7 @@ def settings_of(out: Path, *subjects: Path | None, bench: str = "tiny", **change
 
 
 def outputs(result: EvalResult, place: int = 0) -> list[str]:
-    """The outputs as the leaderboard's file has them."""
+    """The outputs in the leaderboard's file."""
     each = result.results[place]
     name = "_".join(filter(None, (each.bench.replace(":", "_"), each.label)))
     text = (result.file.parent / f"generation_{name}.jsonl").read_text()
@@ -104,23 +112,22 @@ def outputs(result: EvalResult, place: int = 0) -> list[str]:
 
 
 def plainly(adapter: Path | None, limit: int = 24) -> list[str]:
-    """The outputs of a base of its own, one prompt at a time."""
+    """The outputs of another base model, one prompt at a time."""
     base = load_base(MODEL)
     if adapter is not None:
         saved = read_adapter(adapter)
         config = AdapterConfig(rank=saved.config["r"], alpha=saved.config["lora_alpha"], targets="all-linear")
         attach(base, config).load(saved.tensors)
     (selection,) = parse_bench("tiny")
-    questions = load_questions(selection, None, limit).questions
-    tokens = tokenize(base, [selection.benchmark.wrap(question.prompt) for question in questions])
-    requests = [Request(ids, count) for ids, count in zip(tokens, new_tokens(base, questions), strict=True)]
-    return [reply.text for replies in answer_one_by_one(base, requests, 0) for reply in replies]
+    settings = settings_of(Path(), None, limit=limit)
+    requests = [prompt.request for prompt in build_prompts(base, load_questions(selection, None, limit), settings)]
+    return [reply.text for replies in answer_one_by_one(base, requests) for reply in replies]
 
 
 def test_one_base_for_all_and_the_order_does_not_matter(
     adapters: list[Path], loads: list[ModelConfig], tmp_path: Path
 ) -> None:
-    """Swapped in place: the same form, another form, the bare base in between and after."""
+    """Adapters are exchanged in place: one of the same form, one of another form, and none."""
     a, b, c = adapters
     expected = {None: plainly(None), a: plainly(a), b: plainly(b), c: plainly(c)}
     assert len({tuple(each) for each in expected.values()}) > 1  # adapters this loud say something else
@@ -132,7 +139,7 @@ def test_one_base_for_all_and_the_order_does_not_matter(
             assert outputs(result, place) == expected[subject]
 
 
-def test_what_is_written(adapters: list[Path], tmp_path: Path) -> None:
+def test_files_and_records(adapters: list[Path], tmp_path: Path) -> None:
     settings = replace(settings_of(tmp_path, None, adapters[0], bench="tiny"), limit=None)
     result = evaluate(settings)
     names = {path.name for path in tmp_path.iterdir()}
@@ -172,8 +179,28 @@ def test_what_is_written(adapters: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "acc_tiny_base_fast.txt").read_text() == f"Accuracy: {base['accuracy']!r}. "
 
 
-def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> None:
-    """Official, fast, part of the questions, other weights: files and records of their own, and no answer is lost."""
+def test_no_module_calls_back_into_the_driver(adapters: list[Path], tmp_path: Path) -> None:
+    callers: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or frame.f_globals.get("__name__") != driver.__name__:
+            return
+        above = frame.f_back
+        while above is not None and not above.f_globals.get("__name__", "").startswith("fedtune."):
+            above = above.f_back
+        callers.add(above.f_globals["__name__"] if above is not None else "a user")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        evaluate(settings_of(tmp_path, None, adapters[0], limit=4, verify=2))
+    finally:
+        sys.setprofile(before)
+    assert callers == {"a user", driver.__name__}
+
+
+def test_other_settings_have_their_own_files(adapters: list[Path], tmp_path: Path) -> None:
+    """Official mode, fast mode, some of the questions and other weights have their own files, records and journals."""
     few = tmp_path / "data"
     lines(few / "tiny.jsonl", [json.loads(line) for line in SHIPPED.read_text().splitlines()[:8]])
     out = tmp_path / "out"
@@ -188,14 +215,14 @@ def test_nothing_overwrites_anything(adapters: list[Path], tmp_path: Path) -> No
     assert len(list((out / "answers").iterdir())) == len(names)
 
 
-def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_calls_that_end_together_keep_all_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path, None)
     (result,) = evaluate(settings).results
     write = results.write_text
     monkeypatch.setattr(results, "write_text", lambda path, text: (time.sleep(0.2), write(path, text)))
-    others = [[replace(result, label=f"other-{number}")] for number in range(3)]
+    others = [[replace(result, label=f"other-{number}").to_record()] for number in range(3)]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(partial(module.finish, settings), others))
+        list(threads.map(partial(results.add_results, tmp_path / "results.json"), others))
     records = json.loads((tmp_path / "results.json").read_text())
     assert sorted(record["label"] for record in records) == [result.label, "other-0", "other-1", "other-2"]
 
@@ -203,7 +230,7 @@ def test_two_calls_that_end_together_lose_no_result(tmp_path: Path, monkeypatch:
 def test_a_second_call_loads_no_model(adapters: list[Path], loads: list[ModelConfig], tmp_path: Path) -> None:
     settings = settings_of(tmp_path, None, adapters[0])
     first = evaluate(settings)
-    heard: list[Asked] = []
+    heard: list[EvalProgress] = []
     loads.clear()
     second = evaluate(settings, heard.append)
     assert loads == []
@@ -225,7 +252,7 @@ def places_in(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["fast", "official"])
-def test_a_torn_line_and_what_follows_are_asked_again(
+def test_a_cut_line_and_all_after_it_are_answered_again(
     tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(tmp_path, None, mode=mode)
@@ -235,7 +262,7 @@ def test_a_torn_line_and_what_follows_are_asked_again(
     answered = [number for number, line in enumerate(text.splitlines(keepends=True)) if '"place"' in line]
     torn = "".join(text.splitlines(keepends=True)[: answered[9]]) + text.splitlines()[answered[9]][:15]
     path.write_text(torn)
-    heard: list[Asked] = []
+    heard: list[EvalProgress] = []
     again = evaluate(settings, heard.append)
     assert sorted(places_in(path)) == list(range(24))
     assert heard[-1].answered == 24 - 9
@@ -245,7 +272,7 @@ def test_a_torn_line_and_what_follows_are_asked_again(
 
 
 @pytest.mark.parametrize("damage", ["garbage", "a line that is no answer", "another head", "nothing"])
-def test_a_damaged_journal_is_kept_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_journal_is_renamed_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     settings = settings_of(tmp_path, None, limit=8)
     whole = evaluate(settings)
     path = journal_of(tmp_path, "tiny_base_fast_first8")
@@ -265,7 +292,7 @@ def test_a_damaged_journal_is_kept_aside(tmp_path: Path, caplog: pytest.LogCaptu
     assert any(str(path) in text and aside.name in text for text in caplog.messages)
 
 
-def test_a_torn_last_line_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cut_last_line_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = settings_of(tmp_path, None, limit=8)
     evaluate(settings)
     path = journal_of(tmp_path, "tiny_base_fast_first8")
@@ -281,7 +308,7 @@ def test_a_torn_last_line_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_answers_of_two_paths_are_not_mixed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A journal that another path began is set aside; one that is complete keeps the path that it names."""
+    """An incomplete journal of another path is renamed; a complete one keeps its path."""
     settings = settings_of(tmp_path, None, limit=8)
     first = evaluate(settings).results[0]
     assert first.answer_path == "shared prefixes"
@@ -304,7 +331,7 @@ def test_answers_of_two_paths_are_not_mixed(
 
 
 @pytest.mark.parametrize("content", ['[{"bench": "ti', "{}", '[{"format": 99}]'])
-def test_results_that_are_refused_cost_no_question(tmp_path: Path, loads: list[ModelConfig], content: str) -> None:
+def test_results_are_refused_before_the_first_answer(tmp_path: Path, loads: list[ModelConfig], content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(MissingError, match=r"results\.json"):
         evaluate(settings_of(tmp_path, None))
@@ -312,17 +339,17 @@ def test_results_that_are_refused_cost_no_question(tmp_path: Path, loads: list[M
     assert (tmp_path / "results.json").read_text() == content
 
 
-def test_a_full_disk_in_the_middle_is_said_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_and_the_next_call_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path, None, limit=8)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_artefacts", full)
+        patched.setattr(driver, "write_artefacts", full)
         with pytest.raises(MissingError, match="No space left on device"):
             evaluate(settings)
-    heard: list[Asked] = []
+    heard: list[EvalProgress] = []
     assert evaluate(settings, heard.append).results[0].score.n == 8
     assert heard == []  # the answers were there
 
@@ -340,25 +367,25 @@ def test_other_settings_start_a_new_journal(adapters: list[Path], loads: list[Mo
             table = json.loads((adapter / "adapter_config.json").read_text())
             (adapter / "adapter_config.json").write_text(json.dumps(table | changes))
 
-    def asked(**changes: Any) -> int:
-        heard: list[Asked] = []
+    def answered(**changes: Any) -> int:
+        heard: list[EvalProgress] = []
         evaluate(settings_of(tmp_path / "out", adapter, **{"limit": 6, "data_dir": data, **changes}), heard.append)
         return heard[-1].answered if heard else 0
 
     lines(data / "tiny.jsonl", rows)
     copy(adapters[0])
-    assert asked() == 6
-    assert asked() == 0
-    assert asked(limit=7) == 7
+    assert answered() == 6
+    assert answered() == 0
+    assert answered(limit=7) == 7
     copy(adapters[1])  # other weights under the same name
-    assert asked() == 6
+    assert answered() == 6
     copy(adapters[1], lora_alpha=8)  # the same weights, scaled otherwise
-    assert asked() == 6
+    assert answered() == 6
     lines(data / "tiny.jsonl", [rows[0] | {"question": "Other words?"}, *rows[1:]])
-    assert asked() == 6
+    assert answered() == 6
     copy(adapters[0])
     lines(data / "tiny.jsonl", rows)
-    assert asked() == 0  # as in the beginning
+    assert answered() == 0  # as in the beginning
 
 
 def test_official_equals_fast(adapters: list[Path], tmp_path: Path) -> None:
@@ -376,7 +403,7 @@ def test_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.asked, found.equal) == (10, 10)
     assert list(found.smallest_gaps) == sorted(found.smallest_gaps)
     assert len(found.smallest_gaps) == 5
-    # Told otherwise, it says so.
+    # With changed outputs in the journal.
     path = journal_of(tmp_path, "tiny_base_fast_first24")
     path.write_text(path.read_text().replace('"output": "', '"output": "~'))
     again = evaluate(settings).results[0].agreement
@@ -396,18 +423,18 @@ def test_limit_marks_partial(tmp_path: Path) -> None:
         evaluate(settings_of(tmp_path, None, limit=0))
 
 
-def test_a_prompt_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_share_one_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 0}
     rows = [{"question": text, **row} for text in ("One?", "Two?", "One?", "Three?", "One?")]
     lines(tmp_path / "medmcqa.jsonl", rows)
     counted: list[int] = []
-    real = module.answer
+    real = driver.answer
 
     def counting(base: Base, requests: list[Request], *rest: Any) -> Iterator[list[Reply]]:
         counted.append(len(requests))
         return real(base, requests, *rest)
 
-    monkeypatch.setattr(module, "answer", counting)
+    monkeypatch.setattr(driver, "answer", counting)
     result = evaluate(settings_of(tmp_path / "out", None, bench="medmcqa", data_dir=tmp_path, limit=None))
     assert counted == [3]
     one, two, _, three, _ = outputs(result)
@@ -415,7 +442,7 @@ def test_a_prompt_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (only,) = result.results
     assert any("2 of 5 rows repeat an earlier prompt" in text for text in only.findings)
     assert any("5 rows, the official data 4183" in text for text in only.findings)
-    # Torn between the rows of one prompt: only what is missing is written again.
+    # Cut between the rows of one prompt: only the missing row is written again.
     path = journal_of(tmp_path / "out", "medmcqa_base_fast")
     kept = [line for line in path.read_text().splitlines() if '"place": 4' not in line]
     path.write_text("\n".join(kept) + "\n")
@@ -436,10 +463,10 @@ def test_mmlu_has_a_row_for_every_subject(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "acc_mmlu_stem_base_fast.txt").is_file()
 
 
-def test_an_answer_that_is_complete_costs_no_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows end at different steps, by a stop token (5) or their number of new tokens; what follows in a row is not kept."""
+def test_a_complete_answer_takes_no_more_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows end at different steps, by a stop token (5) or their number of new tokens; the tokens after it are dropped."""
     base = load_base(MODEL)
-    # A list a pass: the shared prefix, then each step.
+    # One list per pass: the shared prefix, then each step.
     script = [[0], [5, 20, 20, 20], [20, 20, 20, 20], [20, 5, 20, 20], [20, 20, 20, 5], [5, 5, 5, 5]]
     calls: list[int] = []
 
@@ -462,24 +489,25 @@ def test_an_answer_that_is_complete_costs_no_more_steps(monkeypatch: pytest.Monk
 FPB = [{"sentence": f"Profit rose {'and rose ' * (n % 5)}by {n} %.", "label": n % 3} for n in range(35)]
 
 
-def lowest_logits(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    """Let finance prompts and answers together be short, or a model that never stops writes 512 tokens an answer."""
-    from fedtune.evaluation import official
-
-    monkeypatch.setattr(official, "FINANCE_LENGTH", length)
-    monkeypatch.setattr(module, "FINANCE_LENGTH", length)
+def limit_finance(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Limit finance prompts with their answers, because a model that never stops writes 512 tokens an answer."""
+    monkeypatch.setattr(SentimentTask, "padded_batches", replace(SentimentTask.padded_batches, max_length=length))
 
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
-def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -> None:
-    """Without a pad token of its own the tokenizer gets one and the embeddings a row, for the batches alone."""
+def test_the_official_finance_mode_restores_the_base(pad_is_end: bool) -> None:
+    """A tokenizer without its own pad token gets one, and the embeddings a row, only during the batches."""
     base = load_base(ModelConfig(base="builtin:tiny", quantization="none"))
     tokenizer, weight = base.tokenizer, base.model.get_input_embeddings().weight
     tokenizer.pad_token = tokenizer.eos_token if pad_is_end else None
     before, rows = weight.detach().clone(), len(weight)
     integrity.watch(base.model)
     replies = [
-        reply for batch in answer_finance(base, ["Profit rose. Answer: ", "Sales fell. Answer: "]) for reply in batch
+        reply
+        for batch in answer_padded(
+            base, ["Profit rose. Answer: ", "Sales fell. Answer: "], SentimentTask.padded_batches
+        )
+        for reply in batch
     ]
     assert len(replies) == 2
     integrity.check(base.model, "after finance")
@@ -498,10 +526,10 @@ def test_the_official_finance_mode_leaves_the_base_as_it_was(pad_is_end: bool) -
     ],
     ids=["embedding", "head", "whole"],
 )
-def test_the_official_finance_mode_refuses_adapted_embeddings_before_it_asks(
+def test_the_official_finance_mode_refuses_adapted_embeddings_before_the_first_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
-    """Only where the base has no pad token of its own; the fast mode, and the base itself afterwards, are scored."""
+    """Only where the base has no pad token; the fast mode still works, and so does the base afterwards."""
 
     def load(config: ModelConfig) -> Base:
         base = load_base(config)
@@ -518,29 +546,32 @@ def test_the_official_finance_mode_refuses_adapted_embeddings_before_it_asks(
         revision=None,
         resolved=adapted.resolved,
     )
-    monkeypatch.setattr(module, "load_base", load)
-    lowest_logits(monkeypatch, 230)
+    monkeypatch.setattr(model_slot, "load_base", load)
+    limit_finance(monkeypatch, 230)
     lines(tmp_path / "fpb.jsonl", FPB[:3])
     settings = settings_of(tmp_path / "out", tmp_path / "peft_1", bench="fpb", data_dir=tmp_path, mode="official")
-    with pytest.raises(UsageError, match="cannot resize its embeddings, which the adapter changes") as caught:
+    with pytest.raises(UsageError, match="cannot resize the embeddings, because the adapter changes them") as caught:
         evaluate(settings)
     assert "--mode fast" in caught.value.hint
     assert not (tmp_path / "out" / "results.json").exists()
     assert evaluate(replace(settings, mode="fast")).results[0].score.n == 3
-    bench = module.Bench(MODEL)
-    bench.put_on(settings.subjects[0])
+    slot = ModelSlot(MODEL)
+    slot.attach(settings.subjects[0])
     with pytest.raises(UsageError):
-        next(answer_finance(bench.base, ["Profit rose. Answer: "]))
-    bench.check_base(settings.subjects[0])
-    assert len(list(answer_finance(bench.put_on(Subject(BASE)), ["Profit rose. Answer: "]))) == 1
-    bench.check_base(Subject(BASE))
-    monkeypatch.setattr(module, "load_base", load_base)  # with a pad token of its own
+        next(answer_padded(slot.base, ["Profit rose. Answer: "], SentimentTask.padded_batches))
+    slot.check_base(settings.subjects[0])
+    assert (
+        len(list(answer_padded(slot.attach(Subject(BASE)), ["Profit rose. Answer: "], SentimentTask.padded_batches)))
+        == 1
+    )
+    slot.check_base(Subject(BASE))
+    monkeypatch.setattr(model_slot, "load_base", load_base)  # with a pad token of its own
     assert evaluate(settings).results[0].score.n == 3
 
 
 def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both modes; the official one in its padded batches of 32, of which only the unfinished ones are asked again."""
-    lowest_logits(monkeypatch, 230)
+    """Both modes; the official one has padded batches of 32, of which only the unfinished ones are repeated."""
+    limit_finance(monkeypatch, 230)
     lines(tmp_path / "fpb.jsonl", FPB)
     settings = settings_of(tmp_path / "out", None, bench="fpb", data_dir=tmp_path, limit=None, verify=2)
     quick = evaluate(settings).results[0]
@@ -550,13 +581,13 @@ def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not quick.comparable
 
     batches: list[int] = []
-    real = module.answer_finance
+    real = official._generate_padded
 
-    def noting(base: Base, prompts: list[str]) -> Iterator[list[Reply]]:
+    def noting(base: Base, prompts: list[str], max_length: int) -> list[str]:
         batches.append(len(prompts))
-        return real(base, prompts)
+        return real(base, prompts, max_length)
 
-    monkeypatch.setattr(module, "answer_finance", noting)
+    monkeypatch.setattr(official, "_generate_padded", noting)
     settings = replace(settings, mode="official", verify=0)
     plain = evaluate(settings).results[0]
     assert batches == [32, 3]
@@ -571,7 +602,7 @@ def test_finance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_adapter_that_does_not_fit(adapters: list[Path], loads: list[ModelConfig], tmp_path: Path) -> None:
-    """Said before the first question is asked where the files show it, and before anything is written otherwise."""
+    """The error comes before the first answer where the files show it, and otherwise before results are written."""
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_config.json").write_bytes((adapters[0] / "adapter_config.json").read_bytes())
@@ -589,7 +620,7 @@ def test_an_adapter_that_does_not_fit(adapters: list[Path], loads: list[ModelCon
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_names_tell_adapters_apart(adapters: list[Path], tmp_path: Path) -> None:
+def test_names_of_adapters_are_unique(adapters: list[Path], tmp_path: Path) -> None:
     def folder(path: str) -> str:
         (tmp_path / path).mkdir(parents=True)
         for file in adapters[0].iterdir():
@@ -631,32 +662,32 @@ def test_bases_of_adapters(adapters: list[Path], tmp_path: Path) -> None:
     assert find(other, pinned).revision == "a" * 40
     with pytest.raises(MissingError, match="different base models"):
         find(pinned, folder("moved", base_model_name_or_path="owner/other", revision="b" * 40))
-    with pytest.raises(MissingError, match="does not say which base"):
+    with pytest.raises(MissingError, match="does not name its base model"):
         find(folder("silent", base_model_name_or_path=None))
     (tmp_path / "config.json").write_text("{}")  # a base model's folder with an adapter in it is no run
     assert find(plain).base == "builtin:tiny"
 
 
 def test_a_hub_base_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit that a branch means is part of what is recorded, and of what a journal is about."""
+    """Results and journals contain the commit of a branch."""
     commit = "c" * 40
     resolved: Callable[..., Any] = lambda config, only_config: type("Resolved", (), {"revision": commit})  # noqa: E731
-    monkeypatch.setattr(module, "resolve_base", resolved)
-    bench = module.Bench(ModelConfig(base="owner/name", quantization="fp4"))
-    assert module.identity(bench, Subject(BASE))["model"]["revision"] == commit
-    assert bench.sha256 is None
+    monkeypatch.setattr(provenance, "resolve_base", resolved)
+    slot = ModelSlot(ModelConfig(base="owner/name", quantization="fp4"))
+    assert provenance.describe(slot.config, slot.sha256, None)["model"]["revision"] == commit
+    assert slot.sha256 is None
 
 
 def test_a_base_that_a_subject_has_changed_ends_the_evaluation(
     adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_off = module.Bench._take_off
+    detach = ModelSlot._detach
 
-    def careless(bench: module.Bench) -> None:
-        take_off(bench)
-        bench.base.model.model.norm.weight.data[1] += 2**-20
+    def careless(slot: ModelSlot) -> None:
+        detach(slot)
+        slot.base.model.model.norm.weight.data[1] += 2**-20
 
-    monkeypatch.setattr(module.Bench, "_take_off", careless)
+    monkeypatch.setattr(ModelSlot, "_detach", careless)
     with pytest.raises(FedTuneError, match=r"model\.norm\.weight is not what was loaded, after peft_0 was evaluated"):
         evaluate(settings_of(tmp_path, adapters[0], adapters[2], limit=2))
     assert not list((tmp_path / "answers").iterdir())

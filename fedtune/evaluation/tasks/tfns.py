@@ -7,18 +7,10 @@ Answer:
 
 from __future__ import annotations
 
-from fedtune.evaluation.benchmarks.base import (
-    Benchmark,
-    Part,
-    Row,
-    Source,
-    finance_instruction,
-    finance_prompt,
-    index_of,
-    text_of,
-)
+from fedtune.evaluation.tasks.base import Part, Row, Source, index_of, text_of
+from fedtune.evaluation.tasks.sentiment import SentimentTask, finance_instruction, finance_prompt
 
-# Another order than FPB's.
+# In another order than FPB's.
 LABELS = ("negative", "positive", "neutral")
 
 
@@ -27,15 +19,13 @@ def ask(row: Row) -> tuple[str, str]:
     return finance_prompt(text_of(row, "text"), "tweet"), LABELS[index_of(row, "label", 0, 2)]
 
 
-BENCHMARK = Benchmark(
+TASK = SentimentTask(
     name="tfns",
     title="TFNS",
-    answer_type="sentiment",
     instruction=finance_instruction("tweet"),
-    chance=1 / 3,
     fields=("text", "label"),
     ask=ask,
-    # The content hash is not known yet: the official rows were not at hand.
+    # The content hash is not known yet.
     parts={"": Part(2388)},
     # No commit is known to be the leaderboard's.
     sources=(Source("zeroshot/twitter-financial-news-sentiment", "validation", original=True),),

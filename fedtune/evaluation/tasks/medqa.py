@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fedtune.evaluation.benchmarks.base import LETTERS, Benchmark, Part, Row, RowError, Source, choice_prompt, text_of
+from fedtune.evaluation.tasks.base import LETTERS, LmEvalTask, Part, Row, RowError, Source, text_of
+from fedtune.evaluation.tasks.short_answer import ChoiceTask, choice_prompt
 
 # "From A to E" is the leaderboard's text, although there are four options.
 INSTRUCTION = (
@@ -37,7 +38,7 @@ def ask(row: Row) -> tuple[str, str]:
     values = [text_of(option, "value") if "value" in option else "" for option in options]
     answer = text_of(row, "answer")
     if answer not in values:
-        raise RowError("answer is none of the options")
+        raise RowError("answer is not one of the options")
     gold = LETTERS[values.index(answer)]
     if row.get("answer_idx", gold) != gold:
         raise RowError(f"answer is option {gold}, but answer_idx is {row['answer_idx']}")
@@ -51,12 +52,17 @@ def from_copy(rows: Iterable[Row]) -> Iterator[Row]:
         yield {"question": row["question"], "options": options, "answer": row["answer"]}
 
 
-BENCHMARK = Benchmark(
+def for_lm_eval(row: Row) -> Row:
+    """Return a row in the fields of lm-eval's task."""
+    options = [option["value"] for option in row["options"]]
+    endings = {f"ending{index}": option for index, option in enumerate(options)}
+    return {"sent1": row["question"], **endings, "label": options.index(row["answer"])}
+
+
+TASK = ChoiceTask(
     name="medqa",
     title="MedQA",
-    answer_type="choice",
     instruction=INSTRUCTION,
-    chance=1 / 4,
     fields=("question", "options", "answer"),
     more_fields=("answer_idx", "meta_info", "metamap_phrases"),
     ask=ask,
@@ -78,4 +84,5 @@ BENCHMARK = Benchmark(
             parquet_export=True,
         ),
     ),
+    lm_eval=LmEvalTask("medqa_4options", "medqa/medqa.yaml", for_lm_eval),
 )

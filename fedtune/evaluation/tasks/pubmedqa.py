@@ -6,8 +6,8 @@
     Does tea make runners faster?
     The answer is:
 
-The test fold is a fixed list of 500 of the 1,000 labelled questions, in an order of its own. `pubmedqa_test.txt` names
-them by the first eight hex digits of the sha256 of their prompts, so that any copy of the 1,000 can be cut to the fold.
+The test fold is a fixed list of 500 of the 1,000 labelled questions, in its own order. `pubmedqa_test.txt` identifies
+them by the first eight hex digits of the sha256 of their prompts, so that the fold can be taken from any copy of the 1,000.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fedtune.evaluation.benchmarks.base import Benchmark, Part, Row, RowError, Source, one_of, plain_prompt, text_of
+from fedtune.evaluation.tasks.base import LmEvalTask, Part, Row, RowError, Source, one_of, text_of
+from fedtune.evaluation.tasks.short_answer import YesNoTask, plain_prompt
 
 INSTRUCTION = (
     "As an expert doctor in clinical science and medical knowledge, can you tell me if the following statement is "
@@ -34,19 +35,19 @@ def ask(row: Row) -> tuple[str, str]:
 
 
 def question_key(row: Row) -> str:
-    """Return the name of a question in `pubmedqa_test.txt`."""
+    """Return the identifier of a question in `pubmedqa_test.txt`."""
     return hashlib.sha256(ask(row)[0].encode()).hexdigest()[:8]
 
 
 def cut_to_fold(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield the test fold, in its order, out of rows in the original's fields; what is not there is left out."""
+    """Yield the rows of the test fold, in its order, from rows in the original's fields."""
     by_key = {question_key(row): row for row in rows}
     keys = Path(__file__).with_name("pubmedqa_test.txt").read_text(encoding="ascii").split()
     return (by_key[key] for key in keys if key in by_key)
 
 
 def from_copy(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield the test fold out of `qiaojin/PubMedQA` (question, context.contexts, final_decision)."""
+    """Yield the test fold from `qiaojin/PubMedQA` (question, context.contexts, final_decision)."""
     return cut_to_fold(
         {
             "QUESTION": row["question"],
@@ -57,12 +58,10 @@ def from_copy(rows: Iterable[Row]) -> Iterator[Row]:
     )
 
 
-BENCHMARK = Benchmark(
+TASK = YesNoTask(
     name="pubmedqa",
     title="PubMedQA",
-    answer_type="yes-no",
     instruction=INSTRUCTION,
-    chance=1 / 3,
     fields=("CONTEXTS", "QUESTION", "final_decision"),
     more_fields=("LONG_ANSWER", "LABELS", "MESHES", "YEAR", "reasoning_required_pred", "reasoning_free_pred"),
     ask=ask,
@@ -85,4 +84,5 @@ BENCHMARK = Benchmark(
             parquet_export=True,
         ),
     ),
+    lm_eval=LmEvalTask("pubmedqa", "pubmedqa/pubmedqa.yaml"),
 )

@@ -1,4 +1,4 @@
-"""Questions that a base model cannot take are refused before the first is answered; answers stop at every end of text."""
+"""Questions that a base model cannot read are refused before the first answer; answers stop at every end of text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.config.schema import BUILTIN_TINY, ModelConfig
 from fedtune.errors import UsageError
-from fedtune.evaluation import evaluate as evaluation
-from fedtune.evaluation.answer import Budget, Request, answer
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.evaluate import EvalSettings, Mode, Subject, evaluate
-from fedtune.evaluation.official import answer_one_by_one
+from fedtune.evaluation import driver
+from fedtune.evaluation.backends.fast import Budget, answer
+from fedtune.evaluation.backends.generation import Request
+from fedtune.evaluation.backends.official import answer_one_by_one
+from fedtune.evaluation.driver import evaluate
+from fedtune.evaluation.settings import EvalSettings, Mode
+from fedtune.evaluation.subjects import Subject
+from fedtune.evaluation.tasks.registry import parse_bench
 from fedtune.models.base import load_base
 from fedtune.models.hub import resolve_base
 
@@ -32,8 +35,8 @@ def refused(base: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPa
     def never(*_: object) -> None:
         raise AssertionError("a question was answered")
 
-    for name in ("answer", "answer_one_by_one", "answer_finance"):
-        monkeypatch.setattr(evaluation, name, never)
+    for name in ("answer", "answer_one_by_one", "answer_padded"):
+        monkeypatch.setattr(driver, name, never)
     with pytest.raises(UsageError) as caught:
         evaluate(settings_of(base, tmp_path / "out", mode))
     return str(caught.value)
@@ -47,7 +50,7 @@ def test_a_token_without_an_embedding(tmp_path: Path, mode: Mode, monkeypatch: p
     assert tokenizer.add_tokens(["Question:"]) == 1  # in every prompt
     tokenizer.save_pretrained(folder)
     text = refused(folder, tmp_path, mode, monkeypatch)
-    assert "of tiny holds the token 'Question:' (858), which has no embedding" in text
+    assert "of tiny contains the token 'Question:' (858), which has no embedding" in text
 
 
 @pytest.mark.parametrize("mode", ["fast", "official"])
@@ -61,7 +64,7 @@ def test_more_tokens_than_positions(tmp_path: Path, mode: Mode, monkeypatch: pyt
 
 
 def test_answers_stop_at_the_tokenizers_and_at_the_generation_configs_end(tmp_path: Path) -> None:
-    """A model that counts: each token's successor is the next id. Both modes stop at whichever end comes first."""
+    """A model whose next token is always the next id. Both modes stop at the first end token."""
     folder = tmp_path / "tiny"
     shutil.copytree(resolve_base(ModelConfig(base=BUILTIN_TINY)).folder, folder)
     words = AutoTokenizer.from_pretrained(folder)
@@ -85,7 +88,7 @@ def test_answers_stop_at_the_tokenizers_and_at_the_generation_configs_end(tmp_pa
         base.model.generation_config.eos_token_id = generation_end
         request = [Request((294, 295), 30)]
         fast = [reply.text for batch in answer(base, request, Budget(512)) for reply in batch]
-        plain = [reply.text for batch in answer_one_by_one(base, request, 0) for reply in batch]
+        plain = [reply.text for batch in answer_one_by_one(base, request) for reply in batch]
         assert fast == plain
         return set(fast)
 

@@ -7,19 +7,8 @@ Answer:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
-from fedtune.evaluation.benchmarks.base import (
-    Benchmark,
-    Part,
-    Row,
-    Source,
-    finance_instruction,
-    finance_prompt,
-    index_of,
-    text_of,
-)
+from fedtune.evaluation.tasks.base import Part, Row, Source, index_of, text_of
+from fedtune.evaluation.tasks.sentiment import SentimentTask, finance_instruction, finance_prompt, held_out
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -29,23 +18,15 @@ def ask(row: Row) -> tuple[str, str]:
     return finance_prompt(text_of(row, "sentence")), LABELS[index_of(row, "label", 0, 2)]
 
 
-def held_out(rows: Any) -> Iterable[Row]:
-    """Return the quarter of a `datasets.Dataset` that the leaderboard scores."""
-    test: Iterable[Row] = rows.train_test_split(0.25, seed=42)["test"]
-    return test
-
-
-BENCHMARK = Benchmark(
+TASK = SentimentTask(
     name="fpb",
     title="FPB",
-    answer_type="sentiment",
     instruction=finance_instruction("news"),
-    chance=1 / 3,
     fields=("sentence", "label"),
     ask=ask,
     parts={"": Part(1212, "c6b8396b1997544bd6792e43426884c522ee9f036f4f7da27560cacbdde3bb11")},
     sources=(
-        # A script data set as well; no commit of the hub's conversion is known, the content hash decides.
+        # A script data set; no commit of the hub's conversion is known, so the content hash decides.
         Source(
             "takala/financial_phrasebank",
             "train",

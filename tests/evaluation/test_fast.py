@@ -1,4 +1,4 @@
-"""The fast path against the plain one: same outputs on the same weights in float32, whatever is batched and shared."""
+"""The fast mode equals one-by-one generation on the same weights in float32, with batches and shared prefixes."""
 
 import random
 from pathlib import Path
@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import MissingError
-from fedtune.evaluation import answer as fast
-from fedtune.evaluation.answer import Budget, Reply, Request, Work, answer, group_by_prefix, tokenize
-from fedtune.evaluation.benchmarks.base import Question
-from fedtune.evaluation.benchmarks.find import parse_bench
-from fedtune.evaluation.benchmarks.load import load_questions
-from fedtune.evaluation.official import answer_finance, answer_one_by_one, answer_part, new_tokens
+from fedtune.evaluation.backends import fast
+from fedtune.evaluation.backends.fast import Budget, Work, answer, group_by_prefix
+from fedtune.evaluation.backends.generation import Reply, Request, tokenize
+from fedtune.evaluation.backends.official import answer_one_by_one, answer_padded
+from fedtune.evaluation.prompts import build_prompts
+from fedtune.evaluation.settings import EvalSettings
+from fedtune.evaluation.tasks.base import Question, TokenCounts
+from fedtune.evaluation.tasks.load import load_questions
+from fedtune.evaluation.tasks.registry import all_tasks, parse_bench
+from fedtune.evaluation.tasks.sentiment import SentimentTask, answer_part
 from fedtune.models.adapter import attach
 from fedtune.models.base import Base, load_base
 
@@ -27,23 +31,21 @@ def base() -> Base:
 
 def requests_of(base: Base, bench: str, data_dir: Path | None = None, limit: int | None = None) -> list[Request]:
     (selection,) = parse_bench(bench)
-    questions = load_questions(selection, data_dir, limit).questions
-    tokens = tokenize(base, [selection.benchmark.wrap(question.prompt) for question in questions])
-    limits = new_tokens(base, questions)
-    return [Request(ids, count) for ids, count in zip(tokens, limits, strict=True)]
+    settings = EvalSettings(ModelConfig(base="builtin:tiny"), (), (selection,), Path())
+    return [prompt.request for prompt in build_prompts(base, load_questions(selection, data_dir, limit), settings)]
 
 
 def texts(batches: object) -> list[str]:
     replies: list[Reply] = [reply for batch in batches for reply in batch]  # type: ignore[attr-defined]
-    assert sorted(reply.place for reply in replies) == list(range(len(replies)))  # each exactly once
-    return [reply.text for reply in sorted(replies, key=lambda reply: reply.place)]
+    assert sorted(reply.index for reply in replies) == list(range(len(replies)))  # each exactly once
+    return [reply.text for reply in sorted(replies, key=lambda reply: reply.index)]
 
 
 def test_fast_equals_plain_on_all_shipped_questions(base: Base) -> None:
     requests = requests_of(base, "tiny")
     work = Work()
     quick = texts(answer(base, requests, Budget(2048), work))
-    assert quick == texts(answer_one_by_one(base, requests, 0))
+    assert quick == texts(answer_one_by_one(base, requests))
     assert len(set(quick)) > 1
     assert work.computed_tokens < 0.8 * work.prompt_tokens  # shared prefixes were computed once
 
@@ -51,29 +53,29 @@ def test_fast_equals_plain_on_all_shipped_questions(base: Base) -> None:
 @pytest.mark.slow
 def test_fast_equals_plain_on_two_thousand_real_questions(base: Base, shared_data: Path) -> None:
     requests = requests_of(base, "medmcqa", shared_data / "benchmarks", 2000)
-    assert texts(answer(base, requests, Budget(2048))) == texts(answer_one_by_one(base, requests, 0))
+    assert texts(answer(base, requests, Budget(2048))) == texts(answer_one_by_one(base, requests))
 
 
 def test_fast_equals_plain_on_real_questions(base: Base, shared_data: Path) -> None:
-    """A sample of every real benchmark that is here; make test-slow takes 2,000."""
+    """A sample of every real benchmark that is available; make test-slow uses 2,000 questions."""
     requests = []
     for bench, limit in (("medmcqa", 100), ("medqa", 25), ("pubmedqa", 15), ("mmlu:anatomy", 40)):
         requests += requests_of(base, bench, shared_data / "benchmarks", limit)
-    assert texts(answer(base, requests, Budget(2048))) == texts(answer_one_by_one(base, requests, 0))
+    assert texts(answer(base, requests, Budget(2048))) == texts(answer_one_by_one(base, requests))
 
 
 def test_long_answers_equal_too(base: Base) -> None:
-    """Several new tokens: the key-values behind right padding must not be seen."""
+    """With several new tokens: attention must not read the key-values of right padding."""
     requests = [Request(one.tokens, 1 + number % 7) for number, one in enumerate(requests_of(base, "tiny")[:60])]
-    plain = texts(answer_one_by_one(base, requests, 0))
+    plain = texts(answer_one_by_one(base, requests))
     assert texts(answer(base, requests, Budget(4096))) == plain
     prose = [
         Request(ids, 12) for ids in tokenize(base, ["On the isles grow ", "On the isles", "Healers", "A moss"] * 5)
     ]
-    assert texts(answer(base, prose, Budget(500))) == texts(answer_one_by_one(base, prose, 0))
+    assert texts(answer(base, prose, Budget(500))) == texts(answer_one_by_one(base, prose))
 
 
-def test_an_adapter_acts(base: Base) -> None:
+def test_an_adapter_changes_answers(base: Base) -> None:
     requests = requests_of(base, "tiny")[:32]
     bare = texts(answer(base, requests, Budget(2048)))
     adapted = attach(base, AdapterConfig(rank=4, alpha=64, targets="all-linear"))
@@ -82,13 +84,13 @@ def test_an_adapter_acts(base: Base) -> None:
         adapted.load({name: torch.randn(shape) * 0.2 for name, shape in adapted.shapes.items()})
         quick = texts(answer(base, requests, Budget(2048)))
         assert quick != bare
-        assert quick == texts(answer_one_by_one(base, requests, 0))
+        assert quick == texts(answer_one_by_one(base, requests))
     finally:
         adapted.detach()
     assert texts(answer(base, requests, Budget(2048))) == bare
 
 
-def test_out_of_memory_halves_the_budget_and_goes_on(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_budget_and_continues(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = requests_of(base, "tiny")[:40]
     plain = texts(answer(base, requests, Budget(4096)))
     real = fast._answer_batch
@@ -108,7 +110,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(base: Base, monkeypatch: py
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(fast, "_answer_batch", none)
-    with pytest.raises(MissingError, match="does not hold one question"):
+    with pytest.raises(MissingError, match="does not fit in the device"):
         list(answer(base, requests, Budget(4096)))
 
 
@@ -127,7 +129,7 @@ def test_groups_are_a_partition_with_common_prefixes(sequences: list[tuple[int, 
 
 
 def test_two_instructions_make_two_groups() -> None:
-    """As in FIQA, whose posts and headlines are asked in different words."""
+    """As in FIQA, whose posts and headlines have different instructions."""
     rng = random.Random(0)
     sequences = [(head,) * 30 + (rng.randrange(9), rng.randrange(9)) for head in (1, 2) for _ in range(20)]
     groups = group_by_prefix(sequences)
@@ -141,12 +143,17 @@ def question(prompt: str, gold: str) -> Question:
 def test_the_first_gold_of_a_batch_sets_the_new_tokens(base: Base) -> None:
     """Protocol, section 4: the batch size is part of it; a repeated prompt gets the later row's number."""
     count = {gold: len(base.tokenizer(gold, add_special_tokens=False)["input_ids"]) for gold in ("yes", "maybe", "A")}
+
+    def new_tokens(rows: list[Question], batch_size: int) -> list[int]:
+        task = all_tasks()["pubmedqa"]
+        return task.new_tokens(TokenCounts(rows, [], [count[each.gold] for each in rows], batch_size))
+
     assert count["maybe"] > count["A"] == 1
     rows = [question(str(number), "maybe" if number in (0, 5) else "A") for number in range(8)]
-    assert new_tokens(base, rows, batch_size=4) == [count["maybe"]] * 4 + [1] * 4
-    assert new_tokens(base, rows, batch_size=8) == [count["maybe"]] * 8
+    assert new_tokens(rows, batch_size=4) == [count["maybe"]] * 4 + [1] * 4
+    assert new_tokens(rows, batch_size=8) == [count["maybe"]] * 8
     rows[1] = question("7", "A")  # the prompt of the last row
-    assert new_tokens(base, rows, batch_size=4)[1] == 1
+    assert new_tokens(rows, batch_size=4)[1] == 1
 
 
 def test_finance_answers(base: Base) -> None:
@@ -154,6 +161,6 @@ def test_finance_answers(base: Base) -> None:
     assert answer_part("Answer: a Answer: b") == "a "
     assert answer_part("nothing") == "None"
     prompts = [f"Instruction: What is it?\nInput: {'rain ' * n}\nAnswer: " for n in (1, 200, 3)]
-    replies = [reply for batch in answer_finance(base, prompts) for reply in batch]
-    assert [reply.place for reply in replies] == [0, 1, 2]
+    replies = [reply for batch in answer_padded(base, prompts, SentimentTask.padded_batches) for reply in batch]
+    assert [reply.index for reply in replies] == [0, 1, 2]
     assert base.tokenizer.padding_side == "right"

@@ -7,17 +7,8 @@ Answer:
 
 from __future__ import annotations
 
-from fedtune.evaluation.benchmarks.base import (
-    Benchmark,
-    Part,
-    Row,
-    RowError,
-    Source,
-    finance_instruction,
-    finance_prompt,
-    text_of,
-)
-from fedtune.evaluation.benchmarks.fpb import held_out
+from fedtune.evaluation.tasks.base import Part, Row, RowError, Source, text_of
+from fedtune.evaluation.tasks.sentiment import SentimentTask, finance_instruction, finance_prompt, held_out
 
 
 def ask(row: Row) -> tuple[str, str]:
@@ -29,16 +20,15 @@ def ask(row: Row) -> tuple[str, str]:
     return finance_prompt(text_of(row, "sentence"), "tweet" if row["format"] == "post" else "news"), gold
 
 
-BENCHMARK = Benchmark(
+TASK = SentimentTask(
     name="fiqa",
     title="FIQA",
-    answer_type="sentiment",
     instruction=finance_instruction("news"),
-    chance=1 / 3,
+    other_instructions=(finance_instruction("tweet"),),
     fields=("sentence", "sentiment_score", "format"),
     more_fields=("_id", "aspect", "aspects", "snippets", "target", "label"),
     ask=ask,
-    # The content hash is not known yet: the official rows were not at hand.
+    # The content hash is not known yet.
     parts={"": Part(304)},
     # No commit is known to be the leaderboard's.
     sources=(Source("pauri32/fiqa-2018", "train+validation+test", original=True, rows=held_out),),

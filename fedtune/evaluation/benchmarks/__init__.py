@@ -1,1 +1,0 @@
-"""One file per benchmark; whatever lies here and has a `BENCHMARK` is one."""

@@ -1,0 +1,1 @@
+"""The benchmarks: every module in this package that defines a `TASK` is one."""
