@@ -150,6 +150,7 @@ def public_config(config: FedTuneConfig) -> dict[str, Any]:
         table["data"]["source"] = public_name(config.data.source)
     for private in ("superlink", "superlink_ca"):  # addresses and files of whoever trained it
         table["federation"][private] = None
+    table["federation"]["ray_address"] = ""
     struck: dict[str, Any] = json.loads(strike(json.dumps(table)))
     return struck
 
