@@ -23,8 +23,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -59,10 +61,6 @@ _LONGEST_FOLDER = 40
 
 _OBJECT_STORE_BYTES = 2**30
 """Shared memory for messages on their way; what does not fit goes to the disk."""
-
-_TOKEN = "" if "ray" in sys.modules else secrets.token_hex(32)
-"""What a process needs to talk to this process's private Ray, so that other users of the machine cannot. Ray reads it once in
-a process, so it is not used where something else has loaded Ray before."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def connected(address: str) -> Iterator[Sequence[psutil.Process]]:
         The processes without which a private Ray cannot go on; none of a cluster.
 
     Raises:
-        UsageError: this process is connected to a Ray already.
+        UsageError: this process is connected to a Ray already, or has imported Ray in a way that opens it to the network.
         FederationError: the private Ray did not start.
         MissingError: the cluster cannot be used.
     """
@@ -213,6 +211,11 @@ def connected(address: str) -> Iterator[Sequence[psutil.Process]]:
                     hint="fedtune must run on one of its machines, with the Ray and Python versions of the cluster.",
                 ) from error
             raise FederationError(f"Ray did not start: {reason}.") from error
+        if not address and not ip_address(ray.nodes()[0]["NodeManagerAddress"]).is_loopback:
+            raise UsageError(
+                "Something has imported Ray in this process already, and others could reach the Ray that fedtune starts.",
+                hint="Start a new process, or import Ray after the run.",
+            )
         started = set(psutil.Process().children()) - before
         yield [process for process in started if _name(process) in ("gcs_server", "raylet")]
 
@@ -230,7 +233,7 @@ def _ray_folder() -> Iterator[str]:
 
 def _private(folder: Path) -> Mapping[str, str]:
     """Return the environment variables of a private Ray in `folder`."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN} if _TOKEN else {}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()} if _token() else {}
     return {
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -239,6 +242,15 @@ def _private(folder: Path) -> Mapping[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         **token,
     }
+
+
+@cache
+def _token() -> str:
+    """Return the secret with which other users of this machine cannot use this process's private Ray.
+
+    Ray reads it once, when it is imported; it is empty where something else has imported Ray before.
+    """
+    return "" if "ray" in sys.modules else secrets.token_hex(32)
 
 
 @contextmanager
@@ -513,9 +525,9 @@ class RayGrid(InProcessGrid):
                 job.deadline = time.monotonic() + self._timeout_s + GRACE_S
                 job.reason = f"no reply within {self._timeout_s:g} s"
             case Ended(reply, error):
+                self._actors.idle.append(job.actor)
                 if error is not None:
                     raise error
-                self._actors.idle.append(job.actor)
                 return reply
             case Logged():
                 # The path as the user wrote it; the actor has written the record to the run's log itself.
