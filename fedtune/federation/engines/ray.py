@@ -11,9 +11,9 @@ import gc
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -55,7 +55,6 @@ GRACE_S = 5.0
 
 _CONNECT_S = 5.0
 _POLL_S = 0.2
-_SHUTDOWN_S = 10.0
 _LONGEST_FOLDER = 40
 """Ray's Unix sockets are in its folder, and such a name has at most 107 bytes (103 on macOS)."""
 
@@ -197,8 +196,7 @@ def connected(address: str) -> Iterator[Sequence[psutil.Process]]:
 
         if ray.is_initialized():
             raise UsageError("This process is already connected to Ray.", hint="Call ray.shutdown() first.")
-        before = set(psutil.Process().children())
-        stack.callback(_shut_down, before)
+        stack.callback(ray.shutdown)
         try:
             with warnings.catch_warnings(), _own_signals():
                 warnings.simplefilter("ignore")  # about later versions of Ray
@@ -216,19 +214,21 @@ def connected(address: str) -> Iterator[Sequence[psutil.Process]]:
                 "Something has imported Ray in this process already, and others could reach the Ray that fedtune starts.",
                 hint="Start a new process, or import Ray after the run.",
             )
-        started = set(psutil.Process().children()) - before
-        yield [process for process in started if _name(process) in ("gcs_server", "raylet")]
+        yield [each for each in psutil.Process().children() if _name(each) in ("gcs_server", "raylet")]
 
 
 @contextmanager
 def _ray_folder() -> Iterator[str]:
-    """Make a folder for what Ray writes, with a short name, and remove it after the block."""
+    """Make a folder for what Ray writes, with a short name. After the block it is removed, and all processes of Ray with it."""
     root = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="fedtune-ray-", dir=root if len(root) <= _LONGEST_FOLDER else "/tmp")
-    try:
+    with subprocess.Popen(
+        # -P: a file in the current folder cannot take the place of a module of Python's.
+        [sys.executable, "-P", "-m", "fedtune.federation.engines.ray_cleanup", folder],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for this process to handle
+    ):
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _private(folder: Path) -> Mapping[str, str]:
@@ -277,25 +277,6 @@ def _own_signals() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-def _shut_down(before: set[psutil.Process]) -> None:
-    """Disconnect from Ray, and end every process that has come of it."""
-    import ray
-
-    started = [*(set(psutil.Process().children()) - before)]
-    for process in tuple(started):
-        try:
-            started += process.children(recursive=True)
-        except psutil.NoSuchProcess:
-            continue
-    ray.shutdown()
-    for process in started:
-        try:
-            process.kill()  # a stopped process does not notice that Ray is gone
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(started, timeout=_SHUTDOWN_S)
 
 
 def _name(process: psutil.Process) -> str:
