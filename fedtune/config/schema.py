@@ -182,11 +182,13 @@ class FederationConfig(Section):
     max_examples: PositiveInt = 1_000_000
     """The most examples that any client may claim, whatever it announces."""
     engine: Annotated[Literal["in-process", "ray", "superlink"], Key(resumable=True)] = "in-process"
-    """Where the clients run: one after another in this process, on Flower's simulation, or on a SuperLink's nodes."""
+    """Where the clients run: one after another in this process, at the same time in Ray actors, or on a SuperLink's nodes."""
     client_cpus: Annotated[PositiveInt | None, Key(resumable=True)] = None
-    """CPU cores of one client on the engine `ray`; None shares out the machine's."""
+    """CPU cores of one client on the engine `ray`; None divides the cores of the machine or cluster evenly."""
     client_gpus: Annotated[float | None, Key(resumable=True)] = Field(None, ge=0, le=1)
     """The part of a GPU that one client gets on the engine `ray`; None is a whole one where there is one."""
+    ray_address: Annotated[str, Key(resumable=True, publishable="never")] = Field("", pattern=r"^$|^[^\s/]+:[0-9]+$")
+    """The Ray cluster that the engine `ray` uses: `host:port` of its head node. Empty starts a private Ray on this machine."""
     superlink: Annotated[str | None, Key(resumable=True, publishable="never")] = Field(None, min_length=1)
     """The SuperLink that `engine = superlink` submits to: `host:port`, or the name of a connection in your Flower config."""
     superlink_ca: Annotated[str | None, Key(resumable=True, publishable="never")] = Field(None, min_length=1)

@@ -9,8 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from fedtune.config.base import facts_of, keys_of
 from fedtune.config.facts import ineligible_because, value_at
-from fedtune.config.schema import BUILTIN_TINY
+from fedtune.config.schema import BUILTIN_TINY, FedTuneConfig
 from fedtune.data.prompt import render_text
 from fedtune.errors import UsageError
 from fedtune.evaluation.results import Record
@@ -21,40 +22,8 @@ from fedtune.export.render import mib_of, render, shown
 
 TAGS = ("fedtune", "lora", "federated-learning", "flower")
 
-_CONFIGURATION = (
-    "model.base",
-    "model.revision",
-    "model.quantization",
-    "adapter.rank",
-    "adapter.alpha",
-    "adapter.dropout",
-    "adapter.targets",
-    "adapter.rslora",
-    "adapter.dora",
-    "adapter.modules_to_save",
-    "data.source",
-    "data.revision",
-    "data.partitioner",
-    "data.reshuffle",
-    "federation.clients",
-    "federation.clients_per_round",
-    "federation.rounds",
-    "strategy.name",
-    "training.batch_size",
-    "training.accumulation",
-    "training.max_steps",
-    "training.epochs",
-    "training.learning_rate_max",
-    "training.learning_rate_min",
-    "training.sequence_length",
-    "training.optimizer",
-    "communication.wire_dtype",
-    "communication.codec",
-    "communication.uplink_codec",
-    "communication.downlink_codec",
-    "seed",
-)
-"""The keys in the table of the card; fedtune.json holds all keys."""
+_SECTIONS = ("model", "adapter", "data", "federation", "strategy", "training", "communication", "seed")
+"""The order of the card's table; fedtune.json holds all keys."""
 
 
 def card(checkpoint: RunCheckpoint, *, licence: str | None = None, merged: bool = False) -> str:
@@ -168,7 +137,7 @@ def _interval(record: Record) -> str:
 def _configuration(checkpoint: RunCheckpoint) -> list[tuple[str, str]]:
     """Return the rows of the table of config keys."""
     config = checkpoint.config
-    values = {path: value_at(config, path) for path in _CONFIGURATION}
+    values = {path: value_at(config, path) for path in _configuration_keys()}
     values["model.base"] = public_name(config.model.base)
     if config.data.source is not None:
         values["data.source"] = public_name(config.data.source)
@@ -179,6 +148,14 @@ def _configuration(checkpoint: RunCheckpoint) -> list[tuple[str, str]]:
         for path, value in values.items()
         if value not in (None, ()) and value is not False
     ]
+
+
+def _configuration_keys() -> list[str]:
+    """Return the keys that the card shows, and the number of clients that follows from two of them."""
+    keys = [path for path, info in keys_of(FedTuneConfig) if facts_of(info).in_card] + ["strategy.name"]
+    keys.sort(key=lambda path: _SECTIONS.index(path.partition(".")[0]))
+    keys.insert(keys.index("federation.clients") + 1, "federation.clients_per_round")
+    return keys
 
 
 def _eval_results(record: Record) -> list[EvalResult]:

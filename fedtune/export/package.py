@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fedtune.config.base import facts_of, keys_of
 from fedtune.config.schema import BUILTIN_TINY, FedTuneConfig
 from fedtune.errors import MissingError, UsageError
 from fedtune.runs.atomic import write_folder
@@ -142,11 +143,13 @@ def secret_in(text: str) -> str:
 def public_config(config: FedTuneConfig) -> dict[str, Any]:
     """Return the resolved config as it may be published: without addresses, local folders and secrets."""
     table = config.model_dump(mode="json")
-    table["model"]["base"] = public_name(config.model.base)
-    if config.data.source is not None:
-        table["data"]["source"] = public_name(config.data.source)
-    for private in ("superlink", "superlink_ca"):  # addresses and files of whoever trained it
-        table["federation"][private] = None
+    for path, info in keys_of(FedTuneConfig):
+        section, _, name = path.rpartition(".")
+        how, holder = facts_of(info).publishable, table[section] if section else table
+        if how == "never":
+            holder[name] = info.get_default()
+        elif how == "name" and holder[name] is not None:
+            holder[name] = public_name(holder[name])
     return redact_table(table)
 
 

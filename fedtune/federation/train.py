@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fedtune.data.source import local_path, resolved_revision
 from fedtune.data.tokenize import check_skipped
 from fedtune.errors import MissingError, Problem, UsageError
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
+from fedtune.federation.engines.base import engine_named
 from fedtune.federation.events import DataReady, Event, Listener, RunOpened, listening, tell
 from fedtune.federation.workspace import workspace_of
 from fedtune.models.hub import base_files, resolve_base
@@ -106,46 +106,48 @@ def _train(
     started = time.monotonic()
     # Data owners' runs are nobody else's business; who wants Flower's telemetry sets this to 1.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    if config.federation.engine == "superlink":
-        from fedtune.federation.engines.superlink import without_data_set
-
-        config = without_data_set(config)
+    engine = engine_named(config.federation.engine)
+    if not engine.is_local:  # a data set that a challenge names is not what the nodes' owners train on
+        data = config.data.model_copy(update={"source": None, "revision": None})
+        config = config.model_copy(update={"data": data})
     config = with_absolute_paths(config)
     inputs = inputs_of(config)
     is_moved = resume is not None and _check_same(resume, config, inputs)
-    # Data first: a wrong path or an unreachable hub shows before a run directory is made or a model loaded.
-    place = _Elsewhere(config) if config.federation.engine == "superlink" else _Here(config, inputs)
-    run = resume or create_run(out, config)
-    with run.lock(), listening(place.heard(listener)):
-        log.write_to(run.log_file)
-        logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
-        if resume is not None:
-            _check_files(run)
-        else:
-            write_inputs(run.inputs_file, inputs)
-        if config.privacy.mode == "local" and config.federation.engine != "superlink":
-            _check_accounts(run, config.federation.clients, place.rounds_done(run), new=resume is None)
-        if resume is None or is_moved or place.pinned != run.read_config():
-            write_json(run.config_file, place.pinned.model_dump(mode="json"))
-        tell(RunOpened(run.path, place.rounds_done(run)))
-        place.tell_data()
-        _write_about(run, config, origins, place.device, place.base_weights)
-        try:
-            _run_engine(place.config, run)
-        except BaseException:
-            with suppress(Exception):  # the error that is on its way says more
-                _write_report(run)
-            raise
-        _write_report(run)
-        return _result(config, run, place.sizes, time.monotonic() - started)
+    if engine.is_local and config.data.source is None:
+        raise UsageError("data.source is not set.", hint="Name your data: --data FILE, or take a --challenge.")
+    engine.check(config)
+    with engine.prepare(config):
+        # Data first: a wrong path or an unreachable hub shows before a run directory is made or a model loaded.
+        place = _Here(config, inputs) if engine.is_local else _Elsewhere(config)
+        run = resume or create_run(out, config)
+        with run.lock(), listening(place.heard(listener)):
+            log.write_to(run.log_file)
+            logger.info("fedtune %s %s the run.", version("fedtune"), "starts" if resume is None else "resumes")
+            if resume is not None:
+                _check_files(run)
+            else:
+                write_inputs(run.inputs_file, inputs)
+            if config.privacy.mode == "local" and engine.is_local:
+                _check_accounts(run, config.federation.clients, engine.rounds_done(run), new=resume is None)
+            if resume is None or is_moved or place.pinned != run.read_config():
+                write_json(run.config_file, place.pinned.model_dump(mode="json"))
+            tell(RunOpened(run.path, engine.rounds_done(run)))
+            place.tell_data()
+            _write_about(run, config, origins, place.device, place.base_weights)
+            try:
+                engine.run(place.config, run)
+            except BaseException:
+                with suppress(Exception):  # the error that is on its way says more
+                    _write_report(run)
+                raise
+            _write_report(run)
+            return _result(config, run, place.sizes, time.monotonic() - started)
 
 
 class _Here:
     """Data and base model, where they lie on this machine."""
 
     def __init__(self, config: FedTuneConfig, inputs: Inputs) -> None:
-        if config.data.source is None:
-            raise UsageError("data.source is not set.", hint="Name your data: --data FILE, or take a --challenge.")
         self.config = config
         self._workspace = workspace_of(config.model_dump_json())
         if self._workspace.inputs not in (None, inputs):  # a file was changed since this process read it
@@ -170,11 +172,6 @@ class _Here:
         """Return who listens to the run."""
         return listener
 
-    def rounds_done(self, run: RunDirectory) -> int:
-        """Return the last committed round of a run."""
-        state = run.last_state()
-        return int(state.name.removeprefix("round-")) if state else 0
-
     def tell_data(self) -> None:
         """Tell of the data."""
         parts = self._parts
@@ -185,9 +182,6 @@ class _Elsewhere:
     """Data and base model, where they lie with a SuperLink's nodes: what is known of them here is what the nodes tell."""
 
     def __init__(self, config: FedTuneConfig) -> None:
-        from fedtune.federation.engines import superlink
-
-        superlink.check(config.federation)
         # One commit of the base for all nodes, which are not asked to agree on what a branch means today.
         commit = None
         with suppress(MissingError):
@@ -195,7 +189,6 @@ class _Elsewhere:
         self.config = self.pinned = pin_revisions(config, commit, None)
         self.device = f"the nodes of {config.federation.superlink}"
         self.base_weights: dict[str, Any] | None = None
-        self.rounds_done = superlink.rounds_done
         self.sizes: list[int] = []
 
     def heard(self, listener: Listener | None) -> Listener:
@@ -213,9 +206,8 @@ class _Elsewhere:
         """Tell nothing: the nodes are asked when the run has begun."""
 
 
-def _run_engine(config: FedTuneConfig, run: RunDirectory) -> None:
-    name = config.federation.engine.replace("-", "_")
-    import_module(f"fedtune.federation.engines.{name}").run(config, config.model_dump_json(), run)
+def _is_local(config: FedTuneConfig) -> bool:
+    return engine_named(config.federation.engine).is_local
 
 
 def pin_revisions(config: FedTuneConfig, base: str | None, data: str | None) -> FedTuneConfig:
@@ -259,11 +251,7 @@ def with_absolute_paths(config: FedTuneConfig) -> FedTuneConfig:
     source, base, ca = config.data.source, config.model.base, config.federation.superlink_ca
     if source and (path := local_path(config.data)) is not None and source != BUILTIN_TINY:
         source = str(_absolute(path))
-    if (
-        config.federation.engine != "superlink"
-        and (folder := _base_folder(config)) is not None
-        and base != BUILTIN_TINY
-    ):
+    if _is_local(config) and (folder := _base_folder(config)) is not None and base != BUILTIN_TINY:
         base = str(_absolute(folder))
     if ca is not None:
         ca = str(_absolute(expanded(Path(ca))))
@@ -297,7 +285,7 @@ def inputs_of(config: FedTuneConfig) -> Inputs:
     data: list[Path] = []
     if config.data.source and (path := local_path(config.data)) is not None:
         data = client_files(path) if path.is_dir() else [path]
-    folder = None if config.federation.engine == "superlink" else _base_folder(config)
+    folder = _base_folder(config) if _is_local(config) else None
     base = base_files(folder, with_code=config.model.trust_remote_code) if folder else []
     return Inputs(fingerprints(data), fingerprints(base))
 
@@ -323,7 +311,7 @@ def _check_same(run: RunDirectory, config: FedTuneConfig, inputs: Inputs) -> boo
             "%s is not there, so nothing shows whether the run's data and base are the same.", run.inputs_file
         )
         return False
-    if config.federation.engine == "superlink":
+    if not _is_local(config):
         before = Inputs({}, {})  # data and base lie with the nodes
     if changes := before.changes(inputs):
         lines = "\n".join(f"  {change}" for change in changes)

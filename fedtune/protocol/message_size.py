@@ -99,7 +99,7 @@ def reply_span(config: FedTuneConfig, shapes: Shapes) -> Span:
 
 def _metadata(config: FedTuneConfig, *, reply: bool) -> Span:
     """Return the length of the Message object: run, nodes, time, type, and what it replies to."""
-    if config.federation.engine == "in-process":
+    if config.federation.engine != "superlink":
         # Run 1, server node 1, task 0, clients' nodes from 2 on; an id is a UUID in hex.
         low, high, reply_id = 3 + _varint(2), 3 + _varint(config.federation.clients + 1), 32
     else:

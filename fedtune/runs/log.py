@@ -20,7 +20,17 @@ from typing import TextIO
 LOG_NAME = "debug.log"
 """Name of the log in a run directory."""
 
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "flwr", "huggingface_hub", "lm_eval", "peft", "transformers")
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "flwr",
+    "huggingface_hub",
+    "lm_eval",
+    "peft",
+    "ray",
+    "transformers",
+)
 """Loggers of libraries that print on the terminal by themselves, or that do not hand their records on."""
 
 FORWARDED = "fedtune_forwarded"

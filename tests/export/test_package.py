@@ -129,9 +129,14 @@ def test_paths_and_addresses_stay(tmp_path: Path) -> None:
     config = FedTuneConfig(
         model=ModelConfig(base="/home/someone/llama"),
         data=DataConfig(source="~/wards/notes.jsonl", instruction=f"{{input}} {TOKEN}"),
-        federation=FederationConfig(engine="superlink", superlink="10.0.0.7:9093", superlink_ca="/home/someone/ca.pem"),
+        federation=FederationConfig(
+            engine="superlink",
+            superlink="10.0.0.7:9093",
+            superlink_ca="/home/someone/ca.pem",
+            ray_address="10.0.0.8:6379",
+        ),
     )
     text = json.dumps(public_config(config))
-    for private in ("someone", "wards", "10.0.0.7", TOKEN):
+    for private in ("someone", "wards", "10.0.0.7", "10.0.0.8", TOKEN):
         assert private not in text
     assert FedTuneConfig.model_validate_json(text).model.base == "llama"

@@ -1,36 +1,33 @@
-"""The ray engine: same bits as in process, clients that die or hang, and no process left behind."""
+"""The ray engine: same bits as in process, clients that die or hang, a Ray cluster, and no process left behind."""
 
+import errno
+import logging
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from flwr.app import Context, Message, RecordDict
 
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
-from fedtune.errors import (
-    CapError,
-    ClientError,
-    ConfigError,
-    FederationError,
-    FedTuneError,
-    MissingError,
-    Problem,
-    UsageError,
-)
+from fedtune.errors import ClientError, ConfigError, FederationError, MissingError, UsageError
 from fedtune.federation.engines import ray as engine
-from fedtune.federation.events import AdapterSaved, Event, ReplyArrived, RoundDone, RoundStarted, StepDone, listening
-from fedtune.federation.flower.home import flower_home
+from fedtune.federation.engines.ray import ClientActor, Ended, Loaded, Machine
+from fedtune.federation.events import AdapterSaved, Event, ReplyArrived, RoundDone, RoundStarted, StepDone
+from fedtune.federation.flower.home import free_port
 from fedtune.federation.train import train
 from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import RunDirectory
+from fedtune.runs.log import Logged, run_log
 
 SMALL = ("federation.fraction=0.5", "training.max_steps=2", "federation.rounds=2")
 
@@ -41,48 +38,96 @@ def config_of(*settings: str) -> FedTuneConfig:
     return load_config(challenge="tiny", settings=[*SMALL, *settings]).config
 
 
-# --- sharing out the machine
+# --- dividing the machines
 
 
 @pytest.mark.parametrize(
-    ("settings", "cpus", "gpus", "actors", "client_cpus", "client_gpus"),
+    ("settings", "machines", "actors", "client_cpus", "client_gpus"),
     [
-        ((), 2, 0, 2, 1, 0.0),  # two cores, four clients a round
-        ((), 1, 0, 1, 1, 0.0),
-        ((), 64, 0, 4, 16, 0.0),  # no more copies of the base than clients that train at once
-        ((), 16, 2, 2, 8, 1.0),  # one GPU an actor
-        (("client_gpus=0.5",), 16, 1, 2, 8, 0.5),
-        (("client_gpus=0.6",), 16, 2, 2, 8, 0.6),  # a part of a GPU lies on one GPU
-        ((), 16, 8, 4, 4, 1.0),
-        (("client_gpus=0.0",), 8, 1, 4, 2, 0.0),
-        (("client_cpus=3",), 8, 0, 2, 3, 0.0),
-        (("client_cpus=8", "client_gpus=0.25"), 8, 1, 1, 8, 0.25),
+        ((), [(2, 0)], 2, 1, 0.0),  # two cores, four clients a round
+        ((), [(1, 0)], 1, 1, 0.0),
+        ((), [(64, 0)], 4, 16, 0.0),  # no more copies of the base than clients that train at once
+        ((), [(16, 2)], 2, 8, 1.0),  # one GPU an actor
+        (("client_gpus=0.5",), [(16, 1)], 2, 8, 0.5),
+        (("client_gpus=0.6",), [(16, 2)], 2, 8, 0.6),  # a part of a GPU lies on one GPU
+        ((), [(16, 8)], 4, 4, 1.0),
+        (("client_gpus=0.0",), [(8, 1)], 4, 2, 0.0),
+        (("client_cpus=3",), [(8, 0)], 2, 3, 0.0),
+        (("client_cpus=8", "client_gpus=0.25"), [(8, 1)], 1, 8, 0.25),
+        ((), [(1, 0), (1, 0)], 2, 1, 0.0),
+        ((), [(3, 0), (3, 0)], 4, 1, 0.0),  # three on one machine and one on the other would leave cores idle
+        (("fraction=0.25",), [(1, 0), (3, 0)], 2, 1, 0.0),  # two cores each do not fit the first machine twice
+        (("fraction=0.25",), [(1, 0), (8, 0)], 2, 4, 0.0),  # both on the larger machine
+        ((), [(8, 0), (16, 2)], 2, 8, 1.0),  # a machine without GPUs runs no client that needs one
     ],
 )
-def test_actors_fit_the_machine(
-    settings: tuple[str, ...], cpus: int, gpus: int, actors: int, client_cpus: int, client_gpus: float
+def test_actors_fit_the_machines(
+    settings: tuple[str, ...], machines: list[tuple[int, int]], actors: int, client_cpus: int, client_gpus: float
 ) -> None:
     federation = config_of(*(f"federation.{setting}" for setting in settings)).federation
-    resources = engine.share_out(federation, cpus=cpus, gpus=gpus)
+    resources = engine.divide(federation, [Machine(*machine) for machine in machines])
     assert resources == engine.Resources(actors, client_cpus, client_gpus)
-    assert resources.actors * resources.client_cpus <= cpus
-    assert resources.actors * resources.client_gpus <= gpus
+    assert resources.actors * resources.client_cpus <= sum(cpus for cpus, _ in machines)
+    assert resources.actors * resources.client_gpus <= sum(gpus for _, gpus in machines)
 
 
-def test_more_than_the_machine_has_is_refused() -> None:
-    federation = config_of("federation.client_gpus=0.5", "federation.client_cpus=4").federation
+@pytest.mark.parametrize(
+    ("settings", "machines", "paths"),
+    [
+        (("client_gpus=0.5", "client_cpus=4"), [(2, 0)], ["federation.client_gpus", "federation.client_cpus"]),
+        (("client_cpus=4",), [(2, 0), (3, 0)], ["federation.client_cpus"]),  # no machine has them, both together do
+        (("client_cpus=4", "client_gpus=1.0"), [(8, 0), (2, 1)], ["federation.client_cpus"]),
+    ],
+)
+def test_more_than_a_machine_has_is_refused(
+    settings: tuple[str, ...], machines: list[tuple[int, int]], paths: list[str]
+) -> None:
+    federation = config_of(*(f"federation.{setting}" for setting in settings)).federation
     with pytest.raises(ConfigError) as refused:
-        engine.share_out(federation, cpus=2, gpus=0)
-    assert [problem.path for problem in refused.value.problems] == ["federation.client_gpus", "federation.client_cpus"]
+        engine.divide(federation, [Machine(*machine) for machine in machines])
+    assert [problem.path for problem in refused.value.problems] == paths
 
 
-def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- refusals before anything starts
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match=r"fedtune\[ray\]"):
-        engine.run(config_of(), "", RunDirectory(tmp_path))
+        engine.RayEngine().check(config_of())
 
 
-# --- a Flower of one's own
+@needs_ray
+def test_a_cluster_that_does_not_answer_is_refused(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    config = config_of("federation.engine=ray", f"federation.ray_address={address}")
+    with pytest.raises(MissingError, match=f"No Ray cluster answers at {address}"):
+        train(config, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["head", "ray://head:10001", "head:port"])
+def test_an_address_without_host_and_port_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"federation\.ray_address"):
+        config_of(f"federation.ray_address={address}")
+
+
+def test_the_private_ray_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
+    monkeypatch.setenv("RAY_TMPDIR", "before")
+    with engine._ray_folder() as folder:
+        assert Path(folder).stat().st_mode & 0o077 == 0
+        assert len(f"{folder}/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store") <= 103
+        with engine._environment(engine._private(Path(folder))):
+            assert os.environ["RAY_TMPDIR"] == folder
+            assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+            assert os.environ.get("RAY_AUTH_TOKEN", "") == engine._token()
+    assert not Path(folder).exists()
+    assert os.environ["RAY_TMPDIR"] == "before"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+# --- what an actor says, without Ray
 
 
 def lives(pid: int) -> bool:
@@ -99,170 +144,91 @@ def wait_for(what: object, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-DAEMON = (
-    "import os, subprocess, sys, time\n"
-    "child = subprocess.Popen([sys.executable, '-c', 'import signal, time;"
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'], start_new_session=True)\n"
-    "open(sys.argv[1] + '.new', 'w').write(f'{os.getpid()} {child.pid}')\n"
-    "os.rename(sys.argv[1] + '.new', sys.argv[1])\n"
-)
-"""Starts a process that leaves its session and heeds no SIGTERM, and writes both pids."""
+def actor_says(run: Path, app: object, config: FedTuneConfig | None = None, version: str = "") -> list[object]:
+    """Return all that an actor yields for one message to client 3."""
+    actor = ClientActor()
+    actor.app = app or actor.app  # type: ignore[assignment]
+    run_config = {"fedtune-config": (config or config_of()).model_dump_json(), "run-dir": str(run)}
+    context = Context(1, 5, {"partition-id": 3, "num-partitions": 8, "errors-pass": True}, RecordDict(), run_config)
+    return list(actor.deliver(Message(RecordDict(), 5, "query"), context, version or engine.version("fedtune")))
 
 
-@pytest.mark.parametrize("ending", ["time.sleep(600)", "os._exit(0)"])
-def test_nothing_outlives_the_block(tmp_path: Path, ending: str) -> None:
-    """Neither the command, nor a daemon of its that has become an orphan."""
-    pids = tmp_path / "pids"
-    with flower_home("127.0.0.1:1") as home:
-        with home.owned(sys.executable, "-c", DAEMON + ending, str(pids), log=tmp_path / "log") as keeper:
-            wait_for(pids.exists)
-            started = [int(pid) for pid in pids.read_text().split()]
-            assert "sleep" not in ending or all(lives(pid) for pid in started)
-        assert keeper.returncode is not None
-        assert not any(lives(pid) for pid in started)
-    assert not home.path.exists()
+@pytest.mark.usefixtures("flower_identity")
+def test_an_actor_loads_the_base_before_the_clients_time_begins(tmp_path: Path) -> None:
+    def app(message: Message, context: Context) -> Message:
+        engine.tell(StepDone(3, 1, 2, 0.5, 10, 0.1))
+        return Message(RecordDict(), reply_to=message)
+
+    loaded, step, ended = actor_says(tmp_path, app)
+    assert (loaded, step) == (Loaded(), StepDone(3, 1, 2, 0.5, 10, 0.1))
+    assert isinstance(ended, Ended)
+    assert ended.reply is not None
+    assert not ended.reply.has_error()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
-def test_the_command_does_not_outlive_a_keeper_that_is_killed(tmp_path: Path) -> None:
-    with flower_home("127.0.0.1:1") as home, home.owned("sleep", "600", log=tmp_path / "log") as keeper:
-        wait_for(lambda: [p.name() for p in psutil.Process(keeper.pid).children()] == ["sleep"])
-        command = psutil.Process(keeper.pid).children()[0]
-        keeper.kill()
-        wait_for(lambda: not lives(command.pid))
-
-
-def test_nothing_outlives_an_owner_that_is_killed(tmp_path: Path) -> None:
-    pids, owner_code = (
-        tmp_path / "pids",
-        (
-            "import sys, time; from pathlib import Path; from fedtune.federation.flower.home import flower_home\n"
-            "with flower_home('127.0.0.1:1') as home:\n"
-            "    Path(sys.argv[3]).write_text(str(home.path))\n"
-            "    with home.owned(sys.executable, '-c', sys.argv[1], sys.argv[2], log=Path(sys.argv[4])): time.sleep(600)\n"
-        ),
-    )
-    words = [DAEMON + "time.sleep(600)", str(pids), str(tmp_path / "home"), str(tmp_path / "log")]
-    owner = subprocess.Popen([sys.executable, "-c", owner_code, *words])
-    wait_for(pids.exists)
-    owner.kill()
-    owner.wait()
-    wait_for(lambda: not any(lives(int(pid)) for pid in pids.read_text().split()))
-    wait_for(lambda: not Path((tmp_path / "home").read_text()).exists())
-
-
-def test_the_home_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setenv("NO_PROXY", "example.org")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with flower_home("127.0.0.1:1") as home:
-        environment = home.environment()
-        assert home.path.stat().st_mode & 0o077 == 0
-        assert len(f"{home.path}/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store") <= 103
-    assert "RAY_ADDRESS" not in environment
-    assert environment["FLWR_HOME"] == environment["RAY_TMPDIR"] == str(home.path)
-    assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert environment["FLWR_TELEMETRY_ENABLED"] == environment["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert environment["NO_PROXY"] == "example.org,127.0.0.1,localhost"
-
-
-# --- what comes back from Flower's processes
-
-
-@needs_ray
-@pytest.mark.parametrize(
-    ("raised", "ends_with", "text"),
-    [
-        (CapError("Too much.", hint="Less."), CapError, "Too much. Less."),
-        (ConfigError([Problem("seed", "is odd")]), UsageError, "seed: is odd"),
-        (FederationError("Nobody."), FederationError, "Nobody."),
-        (KeyError("fault"), FedTuneError, "KeyError: 'fault'"),
-    ],
-)
-def test_the_servers_error_is_ours(tmp_path: Path, raised: Exception, ends_with: type[Exception], text: str) -> None:
-    from fedtune.federation.engines import ray_apps
-
-    ray_apps._write_outcome(tmp_path, raised)
-    ray_apps._write_outcome(tmp_path, FederationError("what came of it"))  # the first is the reason
-    with pytest.raises(ends_with, match=re.escape(text)) as error:
-        engine._raise(engine._read(tmp_path / engine.OUTCOME), tmp_path / "log")
-    assert type(error.value) is ends_with
-    assert (f"Its traceback is in {tmp_path / 'log'}" in error.value.hint) == (ends_with is FedTuneError)
-
-
-def test_a_run_that_ended_well_raises_nothing(tmp_path: Path) -> None:
-    engine._raise({"error": "", "message": "", "hint": ""}, tmp_path / "log")
-
-
-@needs_ray
-def test_events_come_back_once_and_whole(tmp_path: Path) -> None:
-    from fedtune.federation.engines import ray_apps
-
-    told: list[Event] = []
-    step, saved = StepDone(3, 1, 2, 0.5, 10, 0.1), AdapterSaved(5, Path("/elsewhere/peft_5"))
-    ray_apps._write_event(tmp_path, step)
-    path = tmp_path / engine.EVENTS
-    with listening(told.append):
-        offset = engine._tell_from(path, 0, RunDirectory(tmp_path))
-        ray_apps._write_event(tmp_path, saved)
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-5])  # a line that is still being written
-        assert engine._tell_from(path, offset, RunDirectory(tmp_path)) == offset
-        path.write_bytes(whole)
-        assert engine._tell_from(path, offset, RunDirectory(tmp_path)) == len(whole)
-    assert told == [step, AdapterSaved(5, tmp_path / "peft_5")]
-
-
-@needs_ray
+@pytest.mark.usefixtures("flower_identity")
 @pytest.mark.parametrize(
     ("raised", "reason"), [(MemoryError("17 secrets"), "MemoryError"), (ClientError("No rows."), "No rows.")]
 )
-def test_a_clients_error_costs_the_client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flower_identity: None, raised: Exception, reason: str
-) -> None:
-    from flwr.app import Context, Message, RecordDict
-
-    from fedtune.federation.engines import ray_apps
-
-    def fail(*_: object) -> None:
+def test_a_clients_error_costs_the_client(tmp_path: Path, raised: Exception, reason: str) -> None:
+    def fail(*_: object) -> Message:
         raise raised
 
-    monkeypatch.setattr(ray_apps.client, "app", fail)
-    run_config = {"run-dir": str(tmp_path), engine.HOME: str(tmp_path)}
-    context = Context(1, 2, {"partition-id": 3}, RecordDict(), run_config)
-    reply = ray_apps.client_app(Message(RecordDict(), 2, "train"), context)
-    assert reply.error.reason == reason
-    assert not (tmp_path / engine.OUTCOME).exists()
+    ended = actor_says(tmp_path, fail)[-1]
+    assert isinstance(ended, Ended)
+    assert ended.reply is not None
+    assert (ended.reply.error.reason, ended.error) == (reason, None)
     logged = (tmp_path / "debug.log").read_text()
     assert "Client 3 failed." in logged
     assert f"{type(raised).__name__}: {raised}" in logged
     assert "in fail" in logged
 
 
-@needs_ray
-def test_records_of_flowers_processes_reach_the_user_and_are_written_once(
+@pytest.mark.usefixtures("flower_identity")
+def test_a_full_disk_and_data_that_is_not_there_end_the_run(tmp_path: Path) -> None:
+    def fail(*_: object) -> Message:
+        raise ValueError("safetensors: I/O error: os error 28") from OSError(errno.ENOSPC, "No space left on device")
+
+    full = actor_says(tmp_path, fail)[-1]
+    assert isinstance(full, Ended)
+    assert isinstance(full.error, OSError)
+    assert full.error.errno == errno.ENOSPC
+    missing = actor_says(tmp_path, None, config_of("data.source=nowhere.jsonl"))[-1]
+    assert isinstance(missing, Ended)
+    assert isinstance(missing.error, MissingError)
+    assert "nowhere" in str(missing.error)
+
+
+@pytest.mark.usefixtures("flower_identity")
+def test_an_actor_on_an_unfit_machine_of_a_cluster_ends_the_run(tmp_path: Path) -> None:
+    other = actor_says(tmp_path, None, version="0.0.1")[-1]
+    assert isinstance(other, Ended)
+    assert isinstance(other.error, UsageError)
+    assert str(other.error).startswith("fedtune is 0.0.1 on this machine")
+    elsewhere = actor_says(tmp_path / "not-shared", None)[-1]
+    assert isinstance(elsewhere, Ended)
+    assert isinstance(elsewhere.error, MissingError)
+    assert "not-shared" in str(elsewhere.error)
+
+
+@pytest.mark.usefixtures("flower_identity")
+def test_records_of_actors_reach_the_user_and_are_written_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning in an actor is one line in the run's log and one record in the process whose user follows the run."""
-    import logging
 
-    from flwr.app import Context, RecordDict
-
-    from fedtune.federation.engines import ray_apps
-    from fedtune.runs.log import run_log
-
-    context = Context(1, 2, {}, RecordDict(), {"run-dir": str(tmp_path), engine.HOME: str(tmp_path)})
-    with ray_apps._logged(context):
+    def warn(message: Message, context: Context) -> Message:
         try:
             raise KeyError("row")
         except KeyError:
             logging.getLogger("fedtune.models").warning("The base is %s.", "odd", exc_info=True)
         logging.getLogger("transformers").warning("advice")
+        return Message(RecordDict(), reply_to=message)
+
+    (logged,) = [step for step in actor_says(tmp_path, warn) if isinstance(step, Logged) and "odd" in step.text]
     caplog.clear()
-    heard: list[Event] = []
-    with run_log(tmp_path / "debug.log"), listening(heard.append):
-        engine._tell_from(tmp_path / engine.EVENTS, 0, RunDirectory(tmp_path))
-    assert heard == []
+    with run_log(tmp_path / "debug.log"):
+        logged.log_here(written=True)
     (record,) = caplog.records
     assert (record.name, record.levelno, record.getMessage()) == ("fedtune.models", logging.WARNING, "The base is odd.")
     assert "KeyError: 'row'" in str(record.exc_text)
@@ -270,80 +236,100 @@ def test_records_of_flowers_processes_reach_the_user_and_are_written_once(
     assert (text.count("The base is odd."), text.count("advice")) == (1, 1)
 
 
+# --- actors in a private Ray
+
+
+class ProbeActor(ClientActor):
+    """An actor that does what its message says, and tells which process it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app = ProbeApp()  # type: ignore[assignment]
+
+
+class ProbeApp:
+    def __call__(self, message: Message, context: Context) -> Message:
+        from flwr.app import ConfigRecord
+
+        match message.content["config"]["do"]:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(600)
+            case "raise":
+                raise ValueError("client")
+            case "full":
+                raise OSError(errno.ENOSPC, "No space left on device", "/full")
+            case "missing":
+                raise MissingError("No data.", hint="Find it.")
+            case "log":
+                logging.getLogger("fedtune.probe").warning("In %s.", context.run_config["run-dir"])
+        return Message(RecordDict({"config": ConfigRecord({"pid": os.getpid()})}), reply_to=message)
+
+
 @needs_ray
-def test_data_that_is_not_there_ends_the_run(tmp_path: Path, flower_identity: None) -> None:
-    from flwr.app import Context, Message, RecordDict
-
-    from fedtune.federation.engines import ray_apps
-
-    config = config_of("data.source=nowhere.jsonl").model_dump_json()
-    run_config = {"fedtune-config": config, "run-dir": str(tmp_path), engine.HOME: str(tmp_path)}
-    context = Context(1, 2, {"partition-id": 0, "num-partitions": 8}, RecordDict(), run_config)
-    with pytest.raises(MissingError):
-        ray_apps.client_app(Message(RecordDict(), 2, "query"), context)
-    with pytest.raises(MissingError, match="nowhere"):
-        engine._raise(engine._read(tmp_path / engine.OUTCOME), tmp_path / "log")
-
-
-# --- Flower's pool of actors
-
-
-@needs_ray
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_the_pool_outlives_its_actors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flower_identity: None) -> None:
-    """A dead and a hanging actor are answered for and replaced; one whose client raised is kept, and so is what it has loaded."""
-    import ray
-    from flwr.app import ConfigRecord, Context, Message, RecordDict
-    from flwr.server.superlink.fleet.vce.backend import raybackend
-    from flwr.simulation.ray_transport.ray_actor import ClientAppActor
-
-    from fedtune.federation.engines import ray_pool
-
-    class App:
-        def load(self, message: None, context: Context) -> None:
-            os.environ.setdefault("LOADED", str(time.monotonic()))
-
-        def __call__(self, message: Message, context: Context) -> Message:
-            match message.content["config"]["do"]:
-                case "die":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                case "hang":
-                    time.sleep(600)
-                case "raise":
-                    raise ValueError("client")
-            told = ConfigRecord({"pid": os.getpid(), "loaded": os.environ["LOADED"]})
-            return Message(RecordDict({"config": told}), reply_to=message)
+def test_actors_that_die_or_hang_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, flower_identity: None
+) -> None:
+    """A dead and a hanging actor get an error reply and are replaced; one whose client raised is kept."""
+    from flwr.app import ConfigRecord
 
     def ask(what: str) -> Message:
-        message = Message(RecordDict({"config": ConfigRecord({"do": what})}), 2, "train")
-        context = Context(1, 2, {}, RecordDict(), {engine.TIMEOUT: 0.5})
-        job = lambda actor, *words: actor.run.remote(*words)  # noqa: E731
-        future = pool.submit(job, (App, message, "0", context))
-        try:
-            return pool.fetch_result_and_return_actor_to_pool(future)[0]
-        except Exception:
-            pool.add_actor_back_to_pool(future)  # as Flower's RayBackend does
-            raise
+        (reply,) = grid.send_and_receive([Message(RecordDict({"config": ConfigRecord({"do": what})}), 2, "train")])
+        assert reply.metadata.src_node_id == 2
+        return reply
 
-    assert raybackend.BasicActorPool is ray_pool.LastingPool
-    monkeypatch.setattr(ray_pool, "GRACE_S", 0.5)
-    with flower_home("127.0.0.1:1") as home:
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=str(home.path))
-        try:
-            pool = ray_pool.LastingPool(ClientAppActor, {"num_cpus": 1}, {})
-            pool.add_actors_to_pool(pool.actors_capacity)
-            first = ask("work").content["config"]
-            with pytest.raises(ray.exceptions.RayTaskError):
-                ask("raise")
-            assert ask("work").content["config"] == first
-            assert ask("die").error.reason == "its process ended: killed, or out of memory"
-            second = ask("work").content["config"]
-            assert second["pid"] != first["pid"]
-            assert ask("hang").error.reason == "no reply within 0.5 s"
-            wait_for(lambda: not lives(second["pid"]))
-            assert ask("work").content["config"]["pid"] not in (first["pid"], second["pid"])
-        finally:
-            ray.shutdown()
+    def pid() -> int:
+        return int(ask("work").content["config"]["pid"])
+
+    config = config_of("federation.client_timeout_s=0.5", "federation.clients=1", "federation.fraction=1.0")
+    run = RunDirectory(tmp_path)
+    monkeypatch.setattr(engine, "GRACE_S", 0.5)
+    monkeypatch.setattr(engine, "ClientActor", ProbeActor)
+    monkeypatch.setattr(engine, "_cores", lambda: 1)
+    before = set(psutil.Process().children(recursive=True))
+    handler = signal.getsignal(signal.SIGTERM)
+    with engine.connected("") as servers:
+        sys.modules["ray"].cloudpickle.register_pickle_by_value(
+            sys.modules[__name__]
+        )  # an actor cannot import the tests
+        assert signal.getsignal(signal.SIGTERM) == handler
+        started = set(psutil.Process().children(recursive=True)) - before
+        listening_on = {
+            connection.laddr.ip
+            for process in (psutil.Process(), *started)
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert {address.removeprefix("::ffff:") for address in listening_on} == {"127.0.0.1"}
+        actors = engine.Actors(engine.divide(config.federation, engine.machines()), servers)
+        grid = engine.RayGrid(actors, config.federation, run, engine.run_config_of(config, run))
+        first = pid()
+        assert ask("raise").error.reason == "ValueError"
+        assert pid() == first
+        assert ask("die").error.reason == "its process ended: killed, or out of memory"
+        second = pid()
+        assert second != first
+        assert ask("hang").error.reason == "no reply within 0.5 s"
+        wait_for(lambda: not lives(second))
+        assert pid() not in (first, second)
+        ask("log")
+        assert [record.getMessage() for record in caplog.records if record.name == "fedtune.probe"] == [
+            f"In {tmp_path}."
+        ]
+        with pytest.raises(OSError, match="No space") as full:
+            ask("full")
+        assert (full.value.errno, full.value.filename) == (errno.ENOSPC, "/full")
+        with pytest.raises(MissingError) as missing:
+            ask("missing")
+        assert (missing.value.message, missing.value.hint) == ("No data.", "Find it.")
+        servers[0].kill()
+        with pytest.raises(FederationError, match="Ray ended before the run did"):
+            ask("work")
+        started |= set(psutil.Process().children(recursive=True)) - before
+    assert not [process for process in started if lives(process.pid)]
 
 
 # --- real runs
@@ -355,8 +341,9 @@ def adapter_of(run: Path, server_round: int = 2) -> bytes:
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_same_bits_and_same_events_as_in_process(tmp_path: Path) -> None:
-    """Float32 on the CPU with as many threads: Flower's simulation ends with the very adapter of the in-process engine."""
+    """Float32 on the CPU with as many threads: actors end with the very adapter of the in-process engine."""
     told: dict[str, list[Event]] = {"in-process": [], "ray": []}
     runs = {
         name: train(config_of(f"federation.engine={name}"), out=tmp_path / name, listener=told[name].append).run
@@ -374,8 +361,6 @@ def test_same_bits_and_same_events_as_in_process(tmp_path: Path) -> None:
     assert isinstance(saved, AdapterSaved)
     assert saved.path == runs["ray"] / "peft_2"
     ours, theirs = (read_json_lines(runs[name] / "ledger.jsonl") for name in told)
-    for entry in (*ours, *theirs):
-        del entry["serialised_bytes"]  # type: ignore[attr-defined]  # node ids, which Flower draws, are part of it
     assert sorted(map(str, ours)) == sorted(map(str, theirs))
 
 
@@ -418,7 +403,7 @@ class Command:
         """Wait until a round is done and an actor is training in the next one."""
         wait_for(lambda: f"round {server_round}/" in self.text or self.process.poll() is not None, 400)
         assert self.process.poll() is None, self.text
-        wait_for(lambda: self.started("ray::ClientAppActor.run"))
+        wait_for(lambda: self.started("ray::ClientActor.deliver"))
 
     def end(self, seconds: float = 300) -> int:
         return self.process.wait(seconds)
@@ -447,9 +432,9 @@ def test_a_killed_and_a_stopped_actor_cost_their_clients_and_not_the_run(tmp_pat
     settings = tiny("federation.rounds=4", "training.max_steps=20", "federation.client_timeout_s=15.0")
     with command(tmp_path, *settings) as running:
         running.until_round(1)
-        running.started("ray::ClientAppActor.run")[0].kill()
+        running.started("ray::ClientActor.deliver")[0].kill()
         running.until_round(2)
-        running.started("ray::ClientAppActor.run")[0].suspend()
+        running.started("ray::ClientActor.deliver")[0].suspend()
         pids = [process.pid for process in running.started()]
         assert running.end() == 0, running.text
         wait_for(lambda: not any(map(lives, pids)), 15)
@@ -466,6 +451,9 @@ def test_interrupted_it_leaves_no_process_and_resumes_with_the_same_bits(tmp_pat
         running.until_round(1)
         pids = [process.pid for process in running.started()]
         assert len(pids) > 5
+        # Other users of this machine cannot use the private Ray: it asks for a secret.
+        (raylet,) = [process for process in running.started() if process.name() == "raylet"]
+        assert (raylet.environ()["RAY_AUTH_MODE"], len(raylet.environ()["RAY_AUTH_TOKEN"])) == ("token", 64)
         running.process.send_signal(signal.SIGINT)
         assert running.end(30) == 130, running.text
         assert not any(map(lives, pids))
@@ -477,9 +465,9 @@ def test_interrupted_it_leaves_no_process_and_resumes_with_the_same_bits(tmp_pat
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["fedtune.cli.app", "flwr-simulation", "flower-superlink"])
+@pytest.mark.parametrize("victim", ["fedtune.cli.app", "raylet", "gcs_server"])
 def test_a_killed_process_ends_the_run_and_all_others(tmp_path: Path, victim: str) -> None:
-    """Of ourselves nothing is left; of Flower's processes the end is noticed, and the exit code is 4."""
+    """The end of this process leaves nothing; the end of one of Ray's own is noticed, and the exit code is 4."""
     with command(tmp_path, *tiny("federation.rounds=50")) as running:
         running.until_round(1)
         pids = [process.pid for process in running.started()]
@@ -488,8 +476,7 @@ def test_a_killed_process_ends_the_run_and_all_others(tmp_path: Path, victim: st
             running.process.kill()
             assert running.end(10) == -signal.SIGKILL
         else:
-            keepers = [process for process in running.started(victim) if "flower_home" not in process.cmdline()[2]]
-            keepers[0].kill()
+            next(process for process in running.started() if process.name() == victim).kill()
             assert running.end(20) == 4, running.text
             assert f"fedtune train --resume {running.run}" in running.text
         wait_for(lambda: not any(map(lives, pids)), 15)
@@ -503,3 +490,73 @@ def test_actors_out_of_memory_fail_the_round(tmp_path: Path) -> None:
     with command(tmp_path, *tiny(), RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100") as running:
         assert running.end() == 4, running.text
     assert "out of memory" in running.text
+
+
+# --- a Ray cluster
+
+
+@contextmanager
+def ray_cluster(folder: Path, nodes: int) -> Iterator[str]:
+    """Start a Ray cluster of `nodes` nodes with one core each, each with a loopback address, and end it by its pids."""
+    scripts = Path(sys.executable).parent
+    address = f"127.0.0.2:{free_port()}"
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    memory = ["--object-store-memory", str(100 * 2**20)]
+    processes = []
+    with (folder / "cluster.log").open("ab") as log:
+        try:
+            for node in range(nodes):
+                role = ["--head", "--port", address.split(":")[1]] if node == 0 else ["--address", address]
+                role += ["--temp-dir", str(folder / "ray")] if node == 0 else []
+                words = [
+                    str(scripts / "ray"),
+                    "start",
+                    *role,
+                    "--num-cpus",
+                    "1",
+                    *memory,
+                    "--block",
+                    "--disable-usage-stats",
+                ]
+                words += ["--include-dashboard", "false"] if node == 0 else []
+                words += ["--node-ip-address", f"127.0.0.{node + 2}"]  # Ray takes 127.0.0.1 for the machine's address
+                processes.append(
+                    subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                )
+                wait_for(lambda: (folder / "cluster.log").read_text().count("Ray runtime started.") > node, 120)  # noqa: B023
+            yield address
+        finally:
+            started = [psutil.Process(process.pid) for process in processes]
+            started += [child for process in tuple(started) for child in process.children(recursive=True)]
+            for process in started:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(started, timeout=30)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_of_two_nodes_gives_the_same_bits(tmp_path: Path) -> None:
+    whole = train(config_of(), out=tmp_path / "whole").run
+    short = Path(tempfile.mkdtemp(dir="/tmp", prefix="ray-"))
+    try:
+        with ray_cluster(short, nodes=2) as address:
+            with command(tmp_path, *tiny(f"federation.ray_address={address}")) as running:
+                assert running.end(500) == 0, running.text
+                assert not running.started()
+            # The cluster goes on: an actor of the run is gone, and another run could begin.
+            assert not [each for each in psutil.process_iter() if "ray::ClientActor" in each.name()]
+    finally:
+        shutil.rmtree(short, ignore_errors=True)
+    assert adapter_of(running.run) == adapter_of(whole)
+    workers = {
+        line.split("[")[1].split("]")[0]
+        for line in (running.run / "debug.log").read_text().splitlines()
+        if "fedtune.training" in line
+    }
+    assert len(workers) == 2

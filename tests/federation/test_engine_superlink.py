@@ -502,7 +502,7 @@ def test_a_real_superlink_without_nodes(lonely_superlink: str, tmp_path: Path) -
         assert (result.adapter / name).read_bytes() == (ours.adapter / name).read_bytes()
     assert (result.last_loss, result.used_bytes) == (ours.last_loss, ours.used_bytes)
     assert [event.resumed_after for event in events if isinstance(event, RunOpened)] == [0, 1]
-    assert superlink.rounds_done(run) == run.committed_rounds() == 1
+    assert superlink.SuperLinkEngine().rounds_done(run) == run.committed_rounds() == 1
     assert audit(run).state == "finished"
     finished = open_run(str(path))
     assert finished.is_finished

@@ -1,7 +1,7 @@
-"""The in-process engine: Flower's Grid over clients that run one after another in this process, on one resident base.
+"""The in-process engine: a Flower Grid whose clients run one after another in this process, on one resident base.
 
-Same messages, same ServerApp and ClientApp as on every other engine; no Ray, no sockets. A client's exception becomes an
-error reply, as on a real node.
+It uses the same messages, ServerApp and ClientApp as every other engine, without Ray or sockets. A client's exception becomes
+an error reply, as on a real node.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
+from fedtune.federation.engines.base import Engine
 from fedtune.federation.flower.compat import ErrorCode, Run, TaskIdentity
 from fedtune.federation.node.policy import ERRORS_PASS, error_text
 from fedtune.runs.atomic import DISK_ERRORS, os_error_in
@@ -31,7 +32,7 @@ _FIRST_CLIENT_NODE = 2
 
 
 class InProcessGrid(Grid):
-    """A Grid whose nodes are `clients` ClientApps in this process; node ids are partition ids plus two."""
+    """A Grid whose nodes are `clients` ClientApps in this process; a node's id is its partition id plus two."""
 
     def __init__(self, client_app: ClientApp, clients: int, run_config: dict[str, str]) -> None:
         self._app = client_app
@@ -64,16 +65,15 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the ids of all nodes; all of them are always there."""
+        """Return the ids of all nodes; no node ever leaves."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run the clients that the messages are for, one after another, and keep their replies."""
+        """Run the clients that the messages are for, and keep their replies."""
         ids = []
-        for message in messages:
-            reply = self._deliver(message)
-            self._replies[message.metadata.message_id] = reply
-            ids.append(message.metadata.message_id)
+        for reply in self.send_and_receive(messages):
+            ids.append(reply.metadata.reply_to_message_id)
+            self._replies[ids[-1]] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -86,25 +86,38 @@ class InProcessGrid(Grid):
         *,
         timeout: float | None = None,  # noqa: ARG002
     ) -> Iterator[Message]:
-        """Yield each client's reply as soon as it is there; the time limit is kept by the client's own loop."""
+        """Yield each client's reply as soon as it is there; a client's own training loop keeps the time limit."""
         for message in messages:
-            yield self._deliver(message)
+            context = self._accept(message)
+            yield self._from_node(run_client(self._app, message, context), message)
 
-    def _deliver(self, message: Message) -> Message:
+    def _accept(self, message: Message) -> Context:
+        """Give a message its id, and return the context of the node that it is for."""
         message.metadata.__dict__["_message_id"] = uuid4().hex
-        context = self._contexts[message.metadata.dst_node_id]
-        try:
-            reply = self._app(message, context)
-        except Exception as error:
-            if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
-                raise  # the data or the base cannot be used: no client's fault, and no other client would fare better
-            if (trouble := os_error_in(error)) is not None and trouble.errno in DISK_ERRORS:
-                raise  # all clients here write to the same disk
-            log.debug("Client %s failed.", context.node_config["partition-id"], exc_info=True)
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
-        # Flower leaves a message's source to the node that sends it.
+        return self._contexts[message.metadata.dst_node_id]
+
+    def _from_node(self, reply: Message, message: Message) -> Message:
+        """Return a reply with its source, which Flower leaves to the node that sends it."""
         reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
         return reply
+
+
+def run_client(app: ClientApp, message: Message, context: Context) -> Message:
+    """Run one client and return its reply; an exception of the client becomes an error reply.
+
+    Raises:
+        FedTuneError: the data or the base cannot be used. No other client would fare better.
+        OSError, or what a library made of it: the disk that all clients write to is full or failing.
+    """
+    try:
+        return app(message, context)
+    except Exception as error:
+        if isinstance(error, FedTuneError) and not isinstance(error, ClientError):
+            raise
+        if (trouble := os_error_in(error)) is not None and trouble.errno in DISK_ERRORS:
+            raise
+        log.debug("Client %s failed.", context.node_config["partition-id"], exc_info=True)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
 
 
 @contextmanager
@@ -118,14 +131,28 @@ def identity() -> Iterator[None]:
         TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before
 
 
-def run(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:
-    """Run a federation in this process; returns when the ServerApp does, raises what it raises."""
-    from fedtune.federation import client, server
+def run_config_of(config: FedTuneConfig, run: RunDirectory) -> dict[str, str]:
+    """Return the run config that the ServerApp and the ClientApp read."""
+    return {"fedtune-config": config.model_dump_json(), "run-dir": str(run.path)}
 
-    run_config: dict[str, str] = {"fedtune-config": config_json, "run-dir": str(run.path)}
-    grid = InProcessGrid(client.app, config.federation.clients, run_config)
+
+def run_server(grid: Grid, run_config: dict[str, str]) -> None:
+    """Run the ServerApp in this process; return when it does, raise what it raises."""
+    from fedtune.federation import server
+
     context = Context(
         run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
     with identity(), reroute_libraries():  # Flower has been imported by now, and prints lines of progress
         server.app(grid, context)
+
+
+class InProcessEngine(Engine, name="in-process"):
+    """Runs the clients of a round one after another in this process."""
+
+    def run(self, config: FedTuneConfig, run: RunDirectory) -> None:
+        """Run the remaining rounds."""
+        from fedtune.federation import client
+
+        run_config = run_config_of(config, run)
+        run_server(InProcessGrid(client.app, config.federation.clients, run_config), run_config)

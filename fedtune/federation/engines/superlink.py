@@ -22,6 +22,7 @@ import tomli_w
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.data.partition import PartitionSummary
 from fedtune.errors import FederationError, FedTuneError
+from fedtune.federation.engines.base import Engine
 from fedtune.federation.engines.run_sync import Failed, Receiver, Signed, copies_in
 from fedtune.federation.events import ClientsMet, DataReady, RoundDone, RunOpened, tell
 from fedtune.federation.flower.compat import (
@@ -79,40 +80,44 @@ def check(config: FederationConfig) -> int:
         return sum(node.status == "online" for node in client.ListNodes(control_pb2.ListNodesRequest()).nodes_info)
 
 
-def without_data_set(config: FedTuneConfig) -> FedTuneConfig:
-    """Return the config without a data set: one that a challenge names is not what the nodes' owners train on."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"source": None, "revision": None})})
+class SuperLinkEngine(Engine, name="superlink"):
+    """Runs federations on a SuperLink's nodes."""
 
+    is_local = False
+    joins_arrays = True
 
-def rounds_done(run: RunDirectory) -> int:
-    """Return how many rounds' results have come back."""
-    return _remembered(run).rounds
+    def check(self, config: FedTuneConfig) -> None:
+        """Make sure that the SuperLink answers."""
+        check(config.federation)
 
+    def rounds_done(self, run: RunDirectory) -> int:
+        """Return how many rounds' results have come back."""
+        return _remembered(run).rounds
 
-def run(config: FedTuneConfig, config_json: str, run: RunDirectory) -> None:  # noqa: ARG001
-    """Run a federation on a SuperLink's nodes; returns when its results are here.
+    def run(self, config: FedTuneConfig, run: RunDirectory) -> None:
+        """Run the remaining rounds; return when their results are here.
 
-    Raises:
-        MissingError: the SuperLink cannot be reached.
-        FederationError: the SuperLink, its ServerApp or the federation failed; the hint says how to go on.
-        FedTuneError: whatever the ServerApp raised.
-        KeyboardInterrupt: as it came, after the run was stopped on the SuperLink.
-    """
-    with connected(config.federation) as client:
-        following = _Following(client, config, run)
-        try:
-            if not following.attach():
-                following.submit(_without_places(config))
-                following.follow()
-        except _Forgotten:
-            raise FederationError(
-                f"The SuperLink {config.federation.superlink} was started anew and has forgotten the run. "
-                f"The state after round {following.submitted.rounds} is saved.",
-                hint=f"fedtune train --resume {run.path}",
-            ) from None
-        except KeyboardInterrupt:
-            following.stop()
-            raise
+        Raises:
+            MissingError: the SuperLink cannot be reached.
+            FederationError: the SuperLink, its ServerApp or the federation failed; the hint says how to go on.
+            FedTuneError: whatever the ServerApp raised.
+            KeyboardInterrupt: as it came, after the run was stopped on the SuperLink.
+        """
+        with connected(config.federation) as client:
+            following = _Following(client, config, run)
+            try:
+                if not following.attach():
+                    following.submit(_without_places(config))
+                    following.follow()
+            except _Forgotten:
+                raise FederationError(
+                    f"The SuperLink {config.federation.superlink} was started anew and has forgotten the run. "
+                    f"The state after round {following.submitted.rounds} is saved.",
+                    hint=f"fedtune train --resume {run.path}",
+                ) from None
+            except KeyboardInterrupt:
+                following.stop()
+                raise
 
 
 class _Following:
@@ -293,8 +298,8 @@ def _remembered(run: RunDirectory) -> Submitted:
 
 def _without_places(config: FedTuneConfig) -> str:
     """Return the config that travels, as JSON: without what only means something on this machine."""
-    federation = config.federation.model_copy(update={"superlink": None, "superlink_ca": None})
-    return without_data_set(config).model_copy(update={"federation": federation}).model_dump_json()
+    federation = config.federation.model_copy(update={"superlink": None, "superlink_ca": None, "ray_address": ""})
+    return config.model_copy(update={"federation": federation}).model_dump_json()
 
 
 def _bundle() -> str:
