@@ -37,7 +37,7 @@ from flwr.supercore.fab import Fab
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.data.partition import PartitionSummary
 from fedtune.errors import FederationError, FedTuneError
-from fedtune.federation.engines.base import Engine
+from fedtune.federation.engines.base import Engine, without_data_set
 from fedtune.federation.engines.connection import connected
 from fedtune.federation.engines.mirror import Failed, Receiver, Signed, copies_in
 from fedtune.federation.events import ClientsMet, DataReady, RoundDone, RunOpened, tell
@@ -299,7 +299,7 @@ def _remembered(run: RunDirectory) -> Submitted:
 def _without_places(config: FedTuneConfig) -> str:
     """Return the config that travels, as JSON: without what only means something on this machine."""
     federation = config.federation.model_copy(update={"superlink": None, "superlink_ca": None, "ray_address": ""})
-    return config.model_copy(update={"federation": federation}).model_dump_json()
+    return without_data_set(config).model_copy(update={"federation": federation}).model_dump_json()
 
 
 def _bundle() -> str:
