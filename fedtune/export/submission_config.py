@@ -59,7 +59,7 @@ FOUR_BIT_TYPE = "model.quantization-type"
 _OWN = "fedtune."
 _BITS = {"fp4": 4, "nf4": 4, "int8": 8, "none": 0}
 _SWITCH: Mapping[str, str | bool] = {"on": True, "off": False, "auto": "auto"}
-_LOCAL = ("federation.engine", "federation.superlink")
+_LOCAL = ("federation.engine", "federation.superlink", "federation.ray_address")
 """Prefixes of the keys that say where the run ran; they are private, and whoever runs the app sets them again."""
 
 

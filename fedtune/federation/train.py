@@ -23,7 +23,7 @@ from fedtune.data.source import local_path, resolved_revision
 from fedtune.data.tokenize import check_skipped
 from fedtune.errors import MissingError, Problem, UsageError
 from fedtune.federation.account import ACCOUNT_OF_RUN, AccountBook
-from fedtune.federation.engines.base import engine_named
+from fedtune.federation.engines.base import engine_named, without_data_set
 from fedtune.federation.events import DataReady, Event, Listener, RunOpened, listening, tell
 from fedtune.federation.workspace import workspace_of
 from fedtune.models.hub import base_files, resolve_base
@@ -107,9 +107,8 @@ def _train(
     # Data owners' runs are nobody else's business; who wants Flower's telemetry sets this to 1.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     engine = engine_named(config.federation.engine)
-    if not engine.is_local:  # a data set that a challenge names is not what the nodes' owners train on
-        data = config.data.model_copy(update={"source": None, "revision": None})
-        config = config.model_copy(update={"data": data})
+    if not engine.is_local:
+        config = without_data_set(config)
     config = with_absolute_paths(config)
     inputs = inputs_of(config)
     is_moved = resume is not None and _check_same(resume, config, inputs)

@@ -27,6 +27,7 @@ def test_paths_and_addresses_do_not_leave_whole() -> None:
     assert guarded == {
         "model.base": "name",
         "data.source": "name",
+        "federation.ray_address": "never",
         "federation.superlink": "never",
         "federation.superlink_ca": "never",
     }

@@ -536,7 +536,8 @@ def ray_cluster(folder: Path, nodes: int) -> Iterator[str]:
             for process in started:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(started, timeout=30)
+            for process in processes:
+                process.wait(30)
 
 
 @needs_ray
@@ -548,7 +549,6 @@ def test_a_cluster_of_two_nodes_gives_the_same_bits(tmp_path: Path) -> None:
         with ray_cluster(short, nodes=2) as address:
             with command(tmp_path, *tiny(f"federation.ray_address={address}")) as running:
                 assert running.end(500) == 0, running.text
-                assert not running.started()
             # The cluster goes on: an actor of the run is gone, and another run could begin.
             assert not [each for each in psutil.process_iter() if "ray::ClientActor" in each.name()]
     finally:

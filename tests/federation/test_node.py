@@ -156,7 +156,13 @@ def test_every_free_text_of_the_config_was_thought_of() -> None:
     """A new text in the config might name a place or code: decide in `config_on_node`, then add it here."""
     overridden = {"model.base", "model.revision", "data.source", "data.revision", "data.split", "data.partition_by"}
     templates = {"data.instruction", "data.response"}  # of the owner's own file only
-    unread = {"challenge", "recipe", "federation.superlink", "federation.superlink_ca"}  # by nobody on a node
+    unread = {
+        "challenge",
+        "recipe",
+        "federation.ray_address",
+        "federation.superlink",
+        "federation.superlink_ca",
+    }  # by nobody on a node
     names = {"adapter.targets", "adapter.modules_to_save"}  # module names that PEFT compares with the model's
     assert set(free_texts(FedTuneConfig, "")) == overridden | templates | unread | names
 

@@ -60,3 +60,8 @@ def engine_named(name: str) -> Engine:
     """Return a new engine for a value of `federation.engine`."""
     import_module(f"{__package__}.{name.replace('-', '_')}")
     return _ENGINES[name]()
+
+
+def without_data_set(config: FedTuneConfig) -> FedTuneConfig:
+    """Return the config without its data set: data owners do not train on one that a challenge names."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": None, "revision": None})})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import ClientError, FedTuneError
 from fedtune.federation.engines.base import Engine
-from fedtune.federation.flower.compat import ErrorCode, Run, TaskIdentity
+from fedtune.federation.flower import compat
+from fedtune.federation.flower.compat import ErrorCode, Run, set_message_id, set_source
 from fedtune.federation.node.policy import ERRORS_PASS, error_text
 from fedtune.runs.atomic import DISK_ERRORS, os_error_in
 from fedtune.runs.directory import RunDirectory
@@ -93,12 +94,12 @@ class InProcessGrid(Grid):
 
     def _accept(self, message: Message) -> Context:
         """Give a message its id, and return the context of the node that it is for."""
-        message.metadata.__dict__["_message_id"] = uuid4().hex
+        set_message_id(message, uuid4().hex)
         return self._contexts[message.metadata.dst_node_id]
 
     def _from_node(self, reply: Message, message: Message) -> Message:
         """Return a reply with its source, which Flower leaves to the node that sends it."""
-        reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+        set_source(reply, message.metadata.dst_node_id)
         return reply
 
 
@@ -120,15 +121,9 @@ def run_client(app: ClientApp, message: Message, context: Context) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error_text(error)), reply_to=message)
 
 
-@contextmanager
-def identity() -> Iterator[None]:
-    """Tell Flower who this process is: a message takes its run and source from there. Flower's own engines do the same."""
-    before = TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE, 0
-    try:
-        yield
-    finally:
-        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before
+def identity() -> AbstractContextManager[None]:
+    """Tell Flower that this process is the server of the in-process run."""
+    return compat.identity(_RUN_ID, _SERVER_NODE)
 
 
 def run_config_of(config: FedTuneConfig, run: RunDirectory) -> dict[str, str]:

@@ -209,7 +209,7 @@ def connected(address: str) -> Iterator[Sequence[psutil.Process]]:
                     hint="fedtune must run on one of its machines, with the Ray and Python versions of the cluster.",
                 ) from error
             raise FederationError(f"Ray did not start: {reason}.") from error
-        if not address and not ip_address(ray.nodes()[0]["NodeManagerAddress"]).is_loopback:
+        if not address and not ip_address(_nodes()[0]["NodeManagerAddress"]).is_loopback:
             raise UsageError(
                 "Something has imported Ray in this process already, and others could reach the Ray that fedtune starts.",
                 hint="Start a new process, or import Ray after the run.",
@@ -299,10 +299,14 @@ def _cores() -> int:
 
 def machines() -> list[Machine]:
     """Return the machines of the Ray that this process is connected to."""
+    resources = [node["Resources"] for node in _nodes()]
+    return [Machine(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
+
+
+def _nodes() -> list[dict[str, Any]]:
     import ray
 
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Machine(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def _release_base(config_json: str) -> None:
@@ -505,11 +509,11 @@ class RayGrid(InProcessGrid):
             case Loaded():
                 job.deadline = time.monotonic() + self._timeout_s + GRACE_S
                 job.reason = f"no reply within {self._timeout_s:g} s"
-            case Ended(reply, failure):
+            case Ended():
                 self._actors.idle.append(job.actor)
-                if failure is not None:
-                    raise failure
-                return reply
+                if step.error is not None:
+                    raise step.error
+                return step.reply
             case Logged():
                 # The path as the user wrote it; the actor has written the record to the run's log itself.
                 path = self._run_directory.path

@@ -22,7 +22,7 @@ import tomli_w
 from fedtune.config.schema import FederationConfig, FedTuneConfig
 from fedtune.data.partition import PartitionSummary
 from fedtune.errors import FederationError, FedTuneError
-from fedtune.federation.engines.base import Engine
+from fedtune.federation.engines.base import Engine, without_data_set
 from fedtune.federation.engines.run_sync import Failed, Receiver, Signed, copies_in
 from fedtune.federation.events import ClientsMet, DataReady, RoundDone, RunOpened, tell
 from fedtune.federation.flower.compat import (
@@ -299,7 +299,7 @@ def _remembered(run: RunDirectory) -> Submitted:
 def _without_places(config: FedTuneConfig) -> str:
     """Return the config that travels, as JSON: without what only means something on this machine."""
     federation = config.federation.model_copy(update={"superlink": None, "superlink_ca": None, "ray_address": ""})
-    return config.model_copy(update={"federation": federation}).model_dump_json()
+    return without_data_set(config).model_copy(update={"federation": federation}).model_dump_json()
 
 
 def _bundle() -> str:

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import FedTuneError, UsageError
 from fedtune.federation.engines.run_sync import Mirror, read_copies
 from fedtune.federation.events import RunOpened, listening, tell
-from fedtune.federation.flower.compat import SUPERLINK_NODE_ID, HttpGrid, runtime_pb2, task_pb2
+from fedtune.federation.flower.compat import SUPERLINK_NODE_ID, HttpGrid, runtime_pb2, set_source, task_pb2
 from fedtune.federation.server import prepared
 from fedtune.federation.workspace import config_json_of, workspace_of
 from fedtune.runs.atomic import write_json
@@ -143,7 +143,7 @@ class PromptGrid(Grid):
             for reply in replies:
                 node = nodes.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None and reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
-                    reply.metadata.__dict__["_src_node_id"] = node
+                    set_source(reply, node)
                 yield reply
             if not replies:
                 time.sleep(_POLL_S)
