@@ -306,7 +306,7 @@ def machines() -> list[Machine]:
 def _nodes() -> list[dict[str, Any]]:
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _release_base(config_json: str) -> None:
