@@ -129,7 +129,12 @@ def test_paths_and_addresses_stay(tmp_path: Path) -> None:
     config = FedTuneConfig(
         model=ModelConfig(base="/home/someone/llama"),
         data=DataConfig(source="~/wards/notes.jsonl", instruction=f"{{input}} {TOKEN}"),
-        federation=FederationConfig(engine="superlink", superlink="10.0.0.7:9093", superlink_ca="/home/someone/ca.pem", ray_address="10.0.0.8:6379"),
+        federation=FederationConfig(
+            engine="superlink",
+            superlink="10.0.0.7:9093",
+            superlink_ca="/home/someone/ca.pem",
+            ray_address="10.0.0.8:6379",
+        ),
     )
     text = json.dumps(public_config(config))
     for private in ("someone", "wards", "10.0.0.7", "10.0.0.8", TOKEN):
