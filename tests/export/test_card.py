@@ -188,6 +188,11 @@ def test_method_says_what_was_done(run: Path) -> None:
     assert "no differential privacy" not in text
 
 
+def test_options_that_are_lists_of_numbers(run: Path) -> None:
+    finished = with_config(run, strategy={"name": "flexlora", "ranks": [1, 2]})
+    assert "Strategy `flexlora` (ranks = 1, 2)" in card(finished)
+
+
 def test_an_early_adapter_says_so(run: Path) -> None:
     assert "This is the adapter after round 1 of a run of 2." in card(open_run(str(run), "peft_1"))
     stopped = with_config(run, federation__rounds=5)
