@@ -1,7 +1,7 @@
 """Seconds of one client's round: fedtune's loop against a transformers.Trainer, on the same rows in the same order.
 
-    python benchmarks/local_training.py                          # a random Llama, on this machine's device
-    python benchmarks/local_training.py --base builtin:tiny --steps 10 --batch-size 16
+    python -m benchmarks.local_training                          # a random Llama, on this machine's device
+    python -m benchmarks.local_training --base builtin:tiny --steps 10 --batch-size 16
 
 Prints the seconds of both, alternating, and their ratio; machine and settings are stated beside them. On a machine that
 others use as well, believe the CPU seconds, with `--threads 1`.
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from benchmarks.gpu import padded_batch
 from fedtune.config.schema import AdapterConfig, ModelConfig, TrainingConfig
 from fedtune.data.tokenize import TokenizedRows
 from fedtune.models.adapter import AdaptedModel, attach, initial_tensors
@@ -70,17 +71,6 @@ def with_fedtune(adapted: AdaptedModel, rows: TokenizedRows, options: argparse.N
 
 
 def with_trainer(adapted: AdaptedModel, rows: TokenizedRows, options: argparse.Namespace) -> float:
-    def collate(chosen: list[int]) -> dict[str, torch.Tensor]:
-        longest = max(len(rows.input_ids[i]) for i in chosen)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            tokens = torch.from_numpy(rows.input_ids[i]).long()
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-            labels[row, rows.prompt_lengths[i] : len(tokens)] = tokens[rows.prompt_lengths[i] :]
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -104,7 +94,9 @@ def with_trainer(adapted: AdaptedModel, rows: TokenizedRows, options: argparse.N
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
-        trainer = InOrder(adapted.model, arguments, train_dataset=list(range(len(rows))), data_collator=collate)
+        trainer = InOrder(
+            adapted.model, arguments, train_dataset=list(range(len(rows))), data_collator=padded_batch(rows)
+        )
         # Its only output is the log that we read.
         trainer.log = lambda logs, *_: trainer.state.log_history.append(logs)
         trainer.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def guarded(command: Command) -> Command:
-    """Turn a subcommand's exceptions into one short paragraph on stderr and the exit code that design asks for."""
+    """Turn a subcommand's exceptions into one short paragraph on stderr and an exit code (see `fedtune/errors.py`)."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -63,17 +64,19 @@ def guarded(command: Command) -> Command:
                 fail(sentence_of(trouble), "", MissingError.exit_code)
             if _is_out_of_memory(error):
                 hint = "Use a smaller model.base, adapter.rank or training.batch_size, or a machine with more memory."
-                fail(
-                    f"The machine's memory does not suffice ({(str(error).splitlines() or ['no reason given'])[0][:150]}).",
-                    hint,
-                    MissingError.exit_code,
-                )
+                fail(f"Memory does not suffice{_amount(error)}.", hint, MissingError.exit_code)
             hint = "" if kwargs.get("debug") else "Run the same command with --debug to see where."
             fail(f"internal error: {type(error).__name__}: {error}", hint, FedTuneError.exit_code)
         finally:
             signal.signal(signal.SIGTERM, before)
 
     return run  # type: ignore[return-value]
+
+
+def _amount(error: Exception) -> str:
+    """Return how much memory an error asked for, as the end of a sentence; empty where it does not say."""
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return f": {int(asked[1]) / 2**30:,.1f} GiB were requested" if asked else ""
 
 
 def _is_out_of_memory(error: Exception) -> bool:

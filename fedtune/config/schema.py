@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedtune.config.base import Key, Section
 from fedtune.config.strategies import STRATEGIES, StrategyConfig
@@ -187,7 +187,7 @@ class FederationConfig(Section):
     """CPU cores of one client on the engine `ray`; None divides the cores of the machine or cluster evenly."""
     client_gpus: Annotated[float | None, Key(resumable=True)] = Field(None, ge=0, le=1)
     """The part of a GPU that one client gets on the engine `ray`; None is a whole one where there is one."""
-    ray_address: Annotated[str, Key(resumable=True, publishable="never")] = Field("", pattern=r"^$|^[^\s/]+:[0-9]+$")
+    ray_address: Annotated[str, Key(resumable=True, publishable="never")] = ""
     """The Ray cluster that the engine `ray` uses: `host:port` of its head node. Empty starts a private Ray on this machine."""
     superlink: Annotated[str | None, Key(resumable=True, publishable="never")] = Field(None, min_length=1)
     """The SuperLink that `engine = superlink` submits to: `host:port`, or the name of a connection in your Flower config."""
@@ -195,6 +195,13 @@ class FederationConfig(Section):
     """File with the certificate that signed the SuperLink's; without it the system's certificates are taken."""
     superlink_insecure: Annotated[bool, Key(resumable=True)] = False
     """Talk to a SuperLink on another machine without encryption; on this machine that goes without saying."""
+
+    @field_validator("ray_address")
+    @classmethod
+    def _address_has_a_port(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[^\s/]+:[0-9]+", value):
+            raise ValueError(f"{value} is not host:port, such as 10.0.0.5:6379")
+        return value
 
     @model_validator(mode="after")
     def _success_is_reachable(self) -> Self:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.base import facts_of, keys_of
+from fedtune.config.facts import table_value
+from fedtune.config.load import leaves
 from fedtune.config.schema import FedTuneConfig
 from fedtune.errors import MissingError, Problem, UsageError
 from fedtune.runs.directory import RunDirectory, file_sha256
@@ -38,6 +40,8 @@ class Progress:
     metrics_marks: Sequence[Mark] = ()
     decisive: Mapping[str, Any] = field(default_factory=dict)
     """Values of the config's keys that move a bit of the result, by dotted path."""
+    inputs_sha256: str = ""
+    """Hash of the run's inputs.json, which names its data and base; empty where those are on data owners' nodes."""
     clients: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each client's newest state, by its path inside the run directory."""
 
@@ -106,6 +110,24 @@ def check_config(progress: Progress, decisive: Mapping[str, Any]) -> None:
         )
 
 
+def check_inputs(progress: Progress, run: RunDirectory) -> None:
+    """Refuse a state that another run has committed, on other data or another base.
+
+    Raises:
+        UsageError: the state is of another run.
+    """
+    if progress.inputs_sha256 and inputs_sha256(run) not in ("", progress.inputs_sha256):
+        raise UsageError(
+            f"The state after round {progress.round} in {run.state_folder} is not of this run: its data or base differ.",
+            hint=_HINT,
+        )
+
+
+def inputs_sha256(run: RunDirectory) -> str:
+    """Return the hash of the run's inputs.json; empty where there is none."""
+    return file_sha256(run.inputs_file) if run.inputs_file.is_file() else ""
+
+
 def check_clients(progress: Progress, run: RunDirectory) -> None:
     """Refuse to go on where a client's state, such as its rounding errors, is missing or damaged.
 
@@ -134,9 +156,6 @@ def client_states(run: RunDirectory, partitions: Iterable[int], server_round: in
 
 def decisive_values(config: FedTuneConfig) -> dict[str, Any]:
     """Return the values that decide a run's result; data and base are compared by their files instead."""
-    from fedtune.config.facts import table_value
-    from fedtune.config.load import leaves
-
     table = config.model_dump(mode="json")
     free = {path for path, info in keys_of(FedTuneConfig) if facts_of(info).resumable}
     left_out = {*free, "model.base", "model.revision", "data.source", "data.revision"}

@@ -28,7 +28,16 @@ from fedtune.federation.events import AdapterSaved, ReplyArrived, RoundDone, Rou
 from fedtune.federation.failures import FailureHistory, kind_of
 from fedtune.federation.flower.size import serialised_bytes
 from fedtune.federation.privacy import Accountant, new_key, noisy_average
-from fedtune.federation.progress import Prefix, Progress, check_clients, check_config, client_states, decisive_values
+from fedtune.federation.progress import (
+    Prefix,
+    Progress,
+    check_clients,
+    check_config,
+    check_inputs,
+    client_states,
+    decisive_values,
+    inputs_sha256,
+)
 from fedtune.federation.reply_validator import Accepted, Client, Expected, Refused, ReplyValidator
 from fedtune.federation.strategies import build_algorithm
 from fedtune.federation.strategies.base import Outgoing, weights_of
@@ -384,6 +393,7 @@ class Rounds:
             ledger_marks=ledger.marks,
             metrics_marks=metrics.marks,
             decisive=self.decisive,
+            inputs_sha256=inputs_sha256(self.run),
             clients=self.clients,
         )
 
@@ -421,6 +431,7 @@ class Rounds:
         progress = Progress()
         if state is not None:
             progress = Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+            check_inputs(progress, self.run)
             check_config(progress, self.decisive)
             ledger, metrics = self.prefixes
             ledger.check(progress.ledger_marks, progress.round)

@@ -142,7 +142,8 @@ def test_on_flowers_engines_too(tmp_path: Path, engine: str) -> None:
 
 def flwr_run(tmp_path: Path, path: str) -> subprocess.CompletedProcess[str]:
     """Run the project as the Flower app that it is, which makes its own run directory."""
-    from test_flwr_run import PROJECT, free_port, stop_superlinks
+    from support.ports import free_port
+    from test_flwr_run import PROJECT, stop_superlinks
 
     settings = ["federation.rounds=2", "federation.fraction=1.0", "training.max_steps=1"]
     run_config = tmp_path / "run-config.toml"

@@ -466,6 +466,20 @@ def test_what_was_committed_is_compared(stopped: Path, name: str, damage: Callab
     assert run.committed_rounds() == 1
 
 
+def test_a_state_of_a_run_on_other_data_is_refused(stopped: Path, tmp_path: Path) -> None:
+    """Both runs have the same config: only what their inputs.json says of the data tells them apart."""
+    run = the_run(stopped)
+    other = rows(tmp_path, "other.jsonl")
+    other.write_text("".join(other.read_text().splitlines(keepends=True)[::-1]))
+    words = ["--data", "other.jsonl", *SMALL, "--set", f"model.base={stopped / 'base'}", *CAP]
+    assert typed("train", *words, cwd=tmp_path).returncode == 5
+    shutil.rmtree(run.state_folder / "round-0001")
+    shutil.copytree(the_run(tmp_path).state_folder / "round-0001", run.state_folder / "round-0001")
+    refused = typed("train", "--resume", *GO_ON, cwd=stopped)
+    assert refused.returncode == 2, refused.stderr
+    assert "is not of this run: its data or base differ" in " ".join(refused.stderr.split())
+
+
 def test_a_copy_of_a_state_beside_it_is_no_state(stopped: Path, uninterrupted: bytes) -> None:
     run = the_run(stopped)
     for name in ("round-0001.bak", "round-0001 (copy)"):

@@ -230,10 +230,11 @@ def test_fixed_paths_of_the_rules_exist() -> None:
 
 
 def test_a_refused_config_needs_no_torch() -> None:
-    """design.md: config, runs, errors and units import no torch, transformers, flwr, peft, datasets or lm_eval."""
+    """config, runs, errors, units and protocol import no torch, transformers, flwr, peft, datasets or lm_eval."""
     code = (
         "import sys; from fedtune.cli.app import app\n"
         "import fedtune.runs.directory, fedtune.units\n"
+        "import fedtune.protocol.messages, fedtune.protocol.message_size, fedtune.protocol.sampling\n"
         "try: app(['train', '--set', 'adapter.rank=0'])\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "heavy = {'torch', 'transformers', 'flwr', 'peft', 'lm_eval', 'datasets', 'numpy'} & set(sys.modules)\n"

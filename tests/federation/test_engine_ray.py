@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from flwr.app import Context, Message, RecordDict
+from support.ports import free_port
 
 from fedtune.config.load import load_config
 from fedtune.config.schema import FedTuneConfig
@@ -23,7 +24,6 @@ from fedtune.errors import ClientError, ConfigError, FederationError, MissingErr
 from fedtune.federation.engines import ray as engine
 from fedtune.federation.engines.ray import ClientActor, Ended, Loaded, Machine
 from fedtune.federation.events import AdapterSaved, Event, ReplyArrived, RoundDone, RoundStarted, StepDone
-from fedtune.federation.flower.home import free_port
 from fedtune.federation.train import train
 from fedtune.runs.atomic import read_json_lines
 from fedtune.runs.directory import RunDirectory

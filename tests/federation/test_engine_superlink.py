@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.cli.build import build_fab_from_files
 from hypothesis import given
 from hypothesis import strategies as st
+from support.ports import free_port
 from typer.testing import CliRunner
 
 from fedtune.budget.audit import audit
@@ -418,12 +418,6 @@ def test_what_the_command_refuses(tmp_path: Path, words: list[str], said: str) -
     assert done.exit_code in (2, 3)
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def make_ca(path: Path) -> None:

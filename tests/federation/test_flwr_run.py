@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,17 +10,12 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from support.ports import free_port
 
 from fedtune.config.load import load_config
 from fedtune.federation.train import train
 
 PROJECT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class FedProx(StrategyOptions):
     proximal_mu: float = Field(0.01, ge=0)
     """Weight mu of the client's term mu/2 · ||w - w_global||²; 0 is FedAvg."""
 
-    def order_values(self, config: FedTuneConfig, server_round: int) -> Values:  # noqa: ARG002
+    def order_values(self, config: FedTuneConfig, server_round: int) -> Values:
         """Send mu to the clients."""
         return {"proximal-mu": self.proximal_mu}
 
@@ -49,38 +49,33 @@ class FedAvgM(StrategyOptions):
     """Share of the former direction that is kept; 0, with a learning rate of 1, is FedAvg."""
 
 
-class FedAdam(StrategyOptions):
-    """Adam on the server (https://arxiv.org/abs/2003.00295)."""
+class _Moments(StrategyOptions):
+    """Options of the strategies that keep two moments of the rounds' updates."""
 
     supports_privacy: ClassVar[bool] = True
+
+    eta: float | None = Field(None, gt=0)
+    """Server learning rate; None is a tenth of the most that a client moves a value: learning_rate_max · max_steps."""
+    beta_1: float = Field(0.5, ge=0, lt=1)
+    """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
+    beta_2: float = Field(0.99, ge=0, lt=1)
+    """Decay of the second moment."""
+    tau: float | None = Field(None, gt=0)
+    """Adaptivity: added to the root of the second moment; None is a tenth of eta."""
+
+
+class FedAdam(_Moments):
+    """Adam on the server (https://arxiv.org/abs/2003.00295)."""
 
     name: Literal["fedadam"]
     """The round's average update is a gradient for Adam."""
-    eta: float | None = Field(None, gt=0)
-    """Server learning rate; None is a tenth of the most that a client moves a value: learning_rate_max · max_steps."""
-    beta_1: float = Field(0.5, ge=0, lt=1)
-    """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
-    beta_2: float = Field(0.99, ge=0, lt=1)
-    """Decay of the second moment."""
-    tau: float | None = Field(None, gt=0)
-    """Adaptivity: added to the root of the second moment; None is a tenth of eta."""
 
 
-class FedYogi(StrategyOptions):
+class FedYogi(_Moments):
     """Yogi on the server (https://arxiv.org/abs/2003.00295)."""
-
-    supports_privacy: ClassVar[bool] = True
 
     name: Literal["fedyogi"]
     """As FedAdam, with a second moment that grows no faster than it must."""
-    eta: float | None = Field(None, gt=0)
-    """Server learning rate; None is a tenth of the most that a client moves a value: learning_rate_max · max_steps."""
-    beta_1: float = Field(0.5, ge=0, lt=1)
-    """Decay of the first moment; the usual 0.9 remembers ten rounds, too many where a run has few."""
-    beta_2: float = Field(0.99, ge=0, lt=1)
-    """Decay of the second moment."""
-    tau: float | None = Field(None, gt=0)
-    """Adaptivity: added to the root of the second moment; None is a tenth of eta."""
 
 
 class FedAdagrad(StrategyOptions):

@@ -45,21 +45,21 @@ class StrategyOptions(Section):
         """The fewest replies of a round that the strategy can work with."""
         return 1
 
-    def problem(self, config: FedTuneConfig) -> str | None:  # noqa: ARG002
+    def problem(self, config: FedTuneConfig) -> str | None:
         """Return why the options do not fit the rest of the config; None where they do."""
         return None
 
-    def is_trained(self, name: str, server_round: int) -> bool:  # noqa: ARG002
+    def is_trained(self, name: str, server_round: int) -> bool:
         """Whether clients train the adapter's tensor `name` in a round (from 1), and so send it back."""
         return True
 
     def down_shapes(
         self,
-        config: FedTuneConfig,  # noqa: ARG002
+        config: FedTuneConfig,
         shapes: Shapes,
-        server_round: int,  # noqa: ARG002
-        partition: int,  # noqa: ARG002
-        delta_rank: int | None = None,  # noqa: ARG002
+        server_round: int,
+        partition: int,
+        delta_rank: int | None = None,
     ) -> Shapes:
         """Return what the message to a client carries.
 
@@ -74,27 +74,27 @@ class StrategyOptions(Section):
 
     def up_shapes(
         self,
-        config: FedTuneConfig,  # noqa: ARG002
+        config: FedTuneConfig,
         shapes: Shapes,
         server_round: int,
-        partition: int,  # noqa: ARG002
+        partition: int,
     ) -> Shapes:
         """Return what a client's reply carries."""
         return {name: shape for name, shape in shapes.items() if self.is_trained(name, server_round)}
 
-    def order_values(self, config: FedTuneConfig, server_round: int) -> Values:  # noqa: ARG002
+    def order_values(self, config: FedTuneConfig, server_round: int) -> Values:
         """Return the values that travel to a client beside the round and its learning rate, as forecast."""
         return {}
 
-    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:  # noqa: ARG002
+    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:
         """Return what the shapes of a round and client depend on: two of the same kind have the same shapes."""
         return 0, 0
 
-    def groups_of_rounds(self, config: FedTuneConfig, shapes: Shapes) -> list[tuple[int, int]]:  # noqa: ARG002
+    def groups_of_rounds(self, config: FedTuneConfig, shapes: Shapes) -> list[tuple[int, int]]:
         """Return the run's rounds in groups that carry the same: one round of each group, and how many it has."""
         return [(1, config.federation.rounds)]
 
-    def differs_by_client(self, config: FedTuneConfig) -> bool:  # noqa: ARG002
+    def differs_by_client(self, config: FedTuneConfig) -> bool:
         """Whether clients of the same round are sent different shapes."""
         return False
 

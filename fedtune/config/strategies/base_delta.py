@@ -24,7 +24,7 @@ class BaseDeltaOptions(StrategyOptions):
         config: FedTuneConfig,
         shapes: Shapes,
         server_round: int,
-        partition: int,  # noqa: ARG002
+        partition: int,
         delta_rank: int | None = None,
     ) -> Shapes:
         """Send the base delta, and the adapter unless it follows from the seed."""
@@ -39,7 +39,7 @@ class BaseDeltaOptions(StrategyOptions):
         """Send the base delta's rank, which says what its tensors are."""
         return {"offset-rank": (server_round - 1) * _rank_of_a_round(config)}
 
-    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:  # noqa: ARG002
+    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:
         """Tell rounds apart until the base delta grows no more."""
         return min(server_round, _dense_from(config, shapes)), 0
 

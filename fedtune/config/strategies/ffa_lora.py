@@ -22,17 +22,17 @@ class FFALoRA(StrategyOptions):
     name: Literal["ffa-lora"]
     """Only B is trained and sent: less than half the bytes where queries are grouped, and averaging B is averaging BA."""
 
-    def is_trained(self, name: str, server_round: int) -> bool:  # noqa: ARG002
+    def is_trained(self, name: str, server_round: int) -> bool:
         """Train B only."""
         return not name.endswith(RANDOM)
 
     def down_shapes(
         self,
-        config: FedTuneConfig,  # noqa: ARG002
+        config: FedTuneConfig,
         shapes: Shapes,
-        server_round: int,  # noqa: ARG002
-        partition: int,  # noqa: ARG002
-        delta_rank: int | None = None,  # noqa: ARG002
+        server_round: int,
+        partition: int,
+        delta_rank: int | None = None,
     ) -> Shapes:
         """Send what is trained."""
-        return {name: shape for name, shape in shapes.items() if not name.endswith(RANDOM)}
+        return self.up_shapes(config, shapes, server_round, partition)

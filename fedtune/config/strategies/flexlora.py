@@ -34,9 +34,9 @@ class FlexLoRA(StrategyOptions):
         self,
         config: FedTuneConfig,
         shapes: Shapes,
-        server_round: int,  # noqa: ARG002
+        server_round: int,
         partition: int,
-        delta_rank: int | None = None,  # noqa: ARG002
+        delta_rank: int | None = None,
     ) -> Shapes:
         """Send as many directions as the client's rank."""
         rank = self.rank_of(config, partition)
@@ -49,7 +49,7 @@ class FlexLoRA(StrategyOptions):
         """Return what was sent."""
         return self.down_shapes(config, shapes, server_round, partition)
 
-    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:  # noqa: ARG002
+    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:
         """Tell ranks apart."""
         return 0, self.rank_of(config, partition)
 

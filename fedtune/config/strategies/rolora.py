@@ -26,11 +26,11 @@ class RoLoRA(StrategyOptions):
         """Train B in odd rounds and A in even ones."""
         return not name.endswith(RANDOM if server_round % 2 else ZERO)
 
-    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:  # noqa: ARG002
+    def kind(self, config: FedTuneConfig, shapes: Shapes, server_round: int, partition: int) -> tuple[int, int]:
         """Tell odd rounds from even ones."""
         return server_round % 2, 0
 
-    def groups_of_rounds(self, config: FedTuneConfig, shapes: Shapes) -> list[tuple[int, int]]:  # noqa: ARG002
+    def groups_of_rounds(self, config: FedTuneConfig, shapes: Shapes) -> list[tuple[int, int]]:
         """Return the odd rounds and the even ones."""
         rounds = config.federation.rounds
         return [(1, (rounds + 1) // 2)] + ([(2, rounds // 2)] if rounds > 1 else [])

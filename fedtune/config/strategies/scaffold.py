@@ -26,11 +26,11 @@ class Scaffold(StrategyOptions):
 
     def down_shapes(
         self,
-        config: FedTuneConfig,  # noqa: ARG002
+        config: FedTuneConfig,
         shapes: Shapes,
-        server_round: int,  # noqa: ARG002
-        partition: int,  # noqa: ARG002
-        delta_rank: int | None = None,  # noqa: ARG002
+        server_round: int,
+        partition: int,
+        delta_rank: int | None = None,
     ) -> Shapes:
         """Send the adapter and its control variates."""
         return {**shapes, **{CONTROL + name: shape for name, shape in shapes.items()}}

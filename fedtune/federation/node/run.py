@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,6 @@ from fedtune.federation.flower.compat import (
     push_task_output,
     runtime_pb2,
 )
-from fedtune.federation.flower.home import free_port
 from fedtune.federation.node.policy import NODE_KEY, NodeSettings, error_text
 from fedtune.runs.log import LOG_NAME, run_log
 
@@ -102,7 +102,7 @@ def _take_part(
     flags += ["--root-certificates", str(ca)] if ca else []
     flags += ["--auth-supernode-private-key", str(key)] if key else []
     while True:
-        secret, address = secrets.token_bytes(32), f"127.0.0.1:{free_port()}"
+        secret, address = secrets.token_bytes(32), f"127.0.0.1:{_free_port()}"
         with _supernode(flags, address, secret) as child:
             _serve(address, secret, settings, child)
         if child.returncode:
@@ -113,6 +113,13 @@ def _take_part(
         # A SuperLink that was started anew no longer knows its nodes, and a SuperNode that is told so ends with 0.
         log.warning("The SuperLink no longer knows this node: joining it again.")
         time.sleep(_REJOIN_S)
+
+
+def _free_port() -> int:
+    """Return a TCP port of this machine on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Free TCP ports of this machine."""
+"""TCP ports for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
+    """Return a port of the loopback interface on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
